@@ -1,0 +1,116 @@
+"""A mixture: one weight per expert, named by domain."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mergemix.errors import ConfigError
+
+# A sum this close to one is one: the base then cancels and is not read (design: arithmetic).
+SUM_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Weights a_k of K experts, in the experts' order.
+
+    merged = base + sum_k a_k (expert_k - base); with sum a_k = 1 the base cancels. Frozen and
+    hashable; two mixtures are equal when names and weights are.
+
+    names: K distinct expert names. weights: K finite numbers, not necessarily normalised.
+    Raises ConfigError when lengths differ, a name repeats, or a weight is not finite.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.weights):
+            raise ConfigError(
+                f"a mixture needs one weight per expert: {len(self.names)} experts {self.names}, "
+                f"{len(self.weights)} weights"
+            )
+        if len(set(self.names)) != len(self.names):
+            raise ConfigError(f"expert names must differ: {self.names}")
+        for name, weight in zip(self.names, self.weights, strict=True):
+            if not math.isfinite(weight):
+                raise ConfigError(f"the weight of {name!r} must be a finite number, but is {weight}")
+
+    @classmethod
+    def of(cls, names: Sequence[str], given: Mapping[str, float], *, normalize: bool = True) -> Mixture:
+        """A mixture over all of `names` from the weights a user named; unnamed experts get 0.
+
+        With `normalize` the weights must be >= 0 with a positive sum, and are divided by it.
+        Raises ConfigError on an unknown name or weights that cannot be normalised.
+        """
+        unknown = sorted(set(given) - set(names))
+        if unknown:
+            raise ConfigError(
+                f"no expert is called {', '.join(map(repr, unknown))}; the experts are {', '.join(names)}"
+            )
+        weights = [float(given.get(name, 0.0)) for name in names]
+        if normalize:
+            for name, weight in zip(names, weights, strict=True):
+                if not weight >= 0 or math.isinf(weight):
+                    raise ConfigError(
+                        f"weights to be normalised must be finite and >= 0, but {name}={weight}"
+                    )
+            total = math.fsum(weights)
+            if not 0 < total < math.inf:
+                raise ConfigError(
+                    f"weights must have a positive, finite sum, but {dict(given)} sums to {total}"
+                )
+            if total != 1.0:
+                weights = [weight / total for weight in weights]
+        return cls(tuple(names), tuple(weights))
+
+    @classmethod
+    def uniform(cls, names: Sequence[str]) -> Mixture:
+        return cls(tuple(names), tuple(1.0 / len(names) for _ in names))
+
+    @classmethod
+    def one_hot(cls, names: Sequence[str], name: str) -> Mixture:
+        return cls.of(names, {name: 1.0})
+
+    @classmethod
+    def base_only(cls, names: Sequence[str]) -> Mixture:
+        """All weights zero: the base itself."""
+        return cls(tuple(names), tuple(0.0 for _ in names))
+
+    @property
+    def base_weight(self) -> float:
+        """1 - sum_k a_k: the coefficient of the base; exactly 0.0 when the weights sum to one."""
+        rest = 1.0 - math.fsum(self.weights)
+        return 0.0 if abs(rest) <= SUM_TOLERANCE else rest
+
+    def coefficients(self) -> list[tuple[str | None, float]]:
+        """(operand, coefficient) for every operand that is read: the base (None) first, then experts in order.
+
+        Operands whose coefficient is zero are left out, so a one-hot mixture has a single operand.
+        """
+        base = [(None, self.base_weight)] if self.base_weight != 0.0 else []
+        return [*base, *((n, w) for n, w in zip(self.names, self.weights, strict=True) if w != 0.0)]
+
+    def as_dict(self) -> dict[str, float]:
+        return dict(zip(self.names, self.weights, strict=True))
+
+    def key(self) -> str:
+        """Canonical text, equal exactly when the mixtures are equal; floats round-trip."""
+        return json.dumps(
+            [[name, weight + 0.0] for name, weight in zip(self.names, self.weights, strict=True)]
+        )
+
+    @classmethod
+    def from_key(cls, key: str) -> Mixture:
+        pairs = json.loads(key)
+        return cls(tuple(name for name, _ in pairs), tuple(float(weight) for _, weight in pairs))
+
+    def __str__(self) -> str:
+        if not any(self.weights):
+            return "base"
+        return " ".join(
+            f"{name} {weight:.3g}" for name, weight in zip(self.names, self.weights, strict=True) if weight
+        )
