@@ -106,7 +106,7 @@ def main() -> None:
         install(venv, gpu)
     except subprocess.CalledProcessError as error:
         sys.exit(
-            f"set-up failed in: {' '.join(map(str, error.cmd))} (exit {error.returncode}); run it again to go on"
+            f"failed: {' '.join(map(str, error.cmd))} (exit {error.returncode}); run it again to resume"
         )
     temporary = stamp.with_suffix(f".{os.getpid()}")
     temporary.write_text(wanted)

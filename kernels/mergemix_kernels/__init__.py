@@ -1,0 +1,5 @@
+"""Exact weighted sums of tensors: reference, CPU (numba) and GPU (Triton) kernels, and their dispatch.
+
+Importing this package loads nothing heavy. `reference`, `dispatch` and `triton_kernels` need torch,
+`cpu` needs numpy and numba only.
+"""

@@ -1,0 +1,96 @@
+"""Checkpoints on the Hugging Face Hub: pinned to one commit, and only the files that are needed."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mergemix.checkpoints.files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, is_side_file
+from mergemix.checkpoints.strict_json import read_object
+from mergemix.errors import CheckpointError
+
+
+def download(source: str) -> tuple[Path, str]:
+    """Fetch the Hub checkpoint `org/name[@revision]` into the Hub cache; what is there already is kept.
+
+    Returns the local snapshot directory and the commit (40 hex digits) that the revision meant. A download
+    that was interrupted goes on where it stopped; with HF_HUB_OFFLINE=1 the cache alone is used.
+    Raises CheckpointError when repository, revision, file or network is missing, or access is not granted.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    repo, _, revision = source.partition("@")
+    with _translated(source):
+        # One small file pins the revision: its path in the cache holds the commit, and the cache remembers
+        # which commit the revision meant, for later runs without a network.
+        config = Path(huggingface_hub.hf_hub_download(repo, CONFIG_NAME, revision=revision or None))
+        root, commit = config.parent, config.parent.name
+        if not constants.HF_HUB_OFFLINE:
+            names = huggingface_hub.HfApi().list_repo_files(repo, revision=commit)
+            wanted = [name for name in names if "/" not in name and is_side_file(name)]
+            wanted += _weight_files(repo, commit, names)
+            huggingface_hub.snapshot_download(
+                repo, revision=commit, allow_patterns=[glob.escape(name) for name in wanted]
+            )
+    return root, commit
+
+
+def _weight_files(repo: str, commit: str, names: list[str]) -> list[str]:
+    """The index and its shards, or else the single file, or else every safetensors file of the top folder."""
+    from huggingface_hub import hf_hub_download
+
+    if INDEX_NAME in names:
+        weight_map = read_object(Path(hf_hub_download(repo, INDEX_NAME, revision=commit))).get("weight_map")
+        files = weight_map.values() if isinstance(weight_map, dict) else ()
+        # Names that are odd or absent are reported by the reader of the index, after the download.
+        return [INDEX_NAME, *sorted({file for file in files if isinstance(file, str)} & set(names))]
+    if SINGLE_NAME in names:
+        return [SINGLE_NAME]
+    weights = [name for name in names if "/" not in name and name.endswith(".safetensors")]
+    if not weights:
+        raise CheckpointError(
+            f"{repo} at commit {commit} holds no *.safetensors file; convert the model with "
+            "save_pretrained(safe_serialization=True) and give the local directory"
+        )
+    return weights
+
+
+@contextmanager
+def _translated(source: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one CheckpointError that says what to do."""
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"{source}: access to this repository must be requested on the Hub; when it is granted, "
+            "log in with `hf auth login` or set HF_TOKEN"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{source}: neither a local directory nor a repository on {constants.ENDPOINT}; correct it, "
+            "or, for a private one, log in with `hf auth login` or set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{source}: the repository exists, but has no such branch, tag or commit"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        how = (
+            "HF_HUB_OFFLINE is set and the cache does not hold it; unset HF_HUB_OFFLINE once to download it"
+            if constants.HF_HUB_OFFLINE
+            else f"{constants.ENDPOINT} cannot be reached and the cache does not hold it; check the network"
+        )
+        raise CheckpointError(f"{source}: no such local directory; as a Hub id, {how}") from error
+    except errors.EntryNotFoundError as error:
+        raise CheckpointError(
+            f"{source}: the repository holds no config.json; is it a Hugging Face model?"
+        ) from error
+    except (errors.HFValidationError, errors.HTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{source}: the download failed: {error}; run the same command again, it goes on where it stopped"
+        ) from error

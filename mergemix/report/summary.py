@@ -1,0 +1,114 @@
+"""The answer of a study, derived from its stored evidence alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from mergemix.errors import StudyError
+from mergemix.evals import stats
+from mergemix.evals.utility import capability_scores
+from mergemix.evidence import Evidence
+from mergemix.mixture import Mixture
+from mergemix.study import CandidateRecord
+
+
+def baseline_mixtures(names: tuple[str, ...], *, has_base: bool) -> dict[str, Mixture]:
+    """What every found mixture is compared with: uniform, the base if there is one, every single expert."""
+    base = {"base": Mixture.base_only(names)} if has_base else {}
+    return {
+        "uniform": Mixture.uniform(names),
+        **base,
+        **{name: Mixture.one_hot(names, name) for name in names},
+    }
+
+
+def best_candidate(evidence: Evidence) -> CandidateRecord:
+    """The best observed mixture of data: highest utility, the earliest on a tie; the base is no mixture.
+
+    Raises StudyError when no candidate succeeded.
+    """
+    scored = [
+        (utility, record)
+        for record in evidence.study.candidates()
+        if record.repeat == 0
+        and any(record.mixture.weights)
+        and (utility := evidence.utility_of(record)) is not None
+    ]
+    if not scored:
+        reasons = {record.reason for record in evidence.study.candidates() if record.reason}
+        raise StudyError(f"no candidate could be evaluated: {'; '.join(sorted(reasons))}")
+    return max(scored, key=lambda pair: pair[0])[1]
+
+
+def summarize(evidence: Evidence, *, engine: str, stopped: Mapping[str, str]) -> dict[str, Any]:
+    """The summary that `mergemix run --json` prints (design: command line), from a study that is complete.
+
+    noise_floor: how far the utility moved when the best mixture was evaluated a second time.
+    indistinguishable: mixtures whose paired bootstrap interval against the best contains zero, or that are
+    within the noise floor, best first; the best itself is not among them. Intervals are over items only:
+    the best of many candidates is also lucky, which held-out items show and these intervals do not.
+    """
+    records = evidence.study.candidates()
+    utility = evidence.utility
+    assert utility is not None, "a complete study has a utility"
+    first = [record for record in records if record.repeat == 0]
+    done = [record for record in first if record.status == "done"]
+    best = best_candidate(evidence)
+    repeat = evidence.study.find(best.mixture, repeat=1)
+    repeated = None if repeat is None else evidence.utility_of(repeat)
+    best_utility = utility(best.scores)
+    noise_floor = None if repeated is None else abs(repeated - best_utility)
+
+    rivals = {
+        record.mixture: evidence.item_scores(record) for record in done if record.mixture != best.mixture
+    }
+    best_items = evidence.item_scores(best)
+    ties = stats.indistinguishable(utility, best_items, rivals, noise_floor or 0.0)
+    by_mixture = {record.mixture: record for record in done}
+    ties.sort(key=lambda mixture: -utility(by_mixture[mixture].scores))
+    return {
+        "study": str(evidence.study.directory),
+        "engine": engine,
+        "candidates": len(first),
+        "failed": len(first) - len(done),
+        "stopped": dict(stopped),
+        "best": {
+            "mixture": best.mixture.as_dict(),
+            "utility": best_utility,
+            "interval": list(stats.interval(utility, best_items)),
+            "capabilities": capability_scores(best.scores, evidence.suite.capabilities),
+        },
+        "baselines": _baselines(evidence, by_mixture),
+        "noise_floor": noise_floor,
+        "indistinguishable": [mixture.as_dict() for mixture in ties],
+        **_costs(evidence, records),
+    }
+
+
+def _baselines(evidence: Evidence, by_mixture: Mapping[Mixture, CandidateRecord]) -> dict[str, float | None]:
+    names = next(iter(by_mixture)).names
+    found = {}
+    for name, mixture in baseline_mixtures(names, has_base=True).items():
+        record = by_mixture.get(mixture)
+        if record is not None or name != "base":
+            found[name] = None if record is None else evidence.utility_of(record)
+    return found
+
+
+def _costs(evidence: Evidence, records: list[CandidateRecord]) -> dict[str, Any]:
+    """Swaps, items and median seconds a candidate, of everything the study paid for, repeats included."""
+    done = [record for record in records if record.status == "done"]
+    generation = [record.timings["generate_s"] for record in done]
+    overhead = [record.timings["total_s"] - record.timings["generate_s"] for record in done]
+    return {
+        "swaps": {
+            "count": len(done),
+            "proven": all(record.proven for record in done),
+            "median_s": statistics.median(record.timings["swap_s"] for record in done),
+        },
+        "item_evaluations": len(done) * evidence.suite.num_items,
+        "generation_median_s": statistics.median(generation),
+        "overhead_median_s": statistics.median(overhead),
+    }

@@ -1,0 +1,143 @@
+"""Tables for people, from the same dictionaries that programs get as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+MAX_TIES_SHOWN = 8
+
+
+def shares(mixture: Mapping[str, float]) -> str:
+    """ "math 45.0%, code 55.0%", largest first, zero shares left out; "base" when all are zero."""
+    present = sorted(
+        ((weight, name) for name, weight in mixture.items() if weight), key=lambda pair: -pair[0]
+    )
+    return ", ".join(f"{name} {weight:.1%}" for weight, name in present) or "base"
+
+
+def run_table(summary: Mapping[str, Any]) -> RenderableType:
+    """The answer: best mixture beside uniform and every single expert, noise floor, ties, costs."""
+    best = summary["best"]
+    holdout: Mapping[str, float | None] = summary.get("holdout", {}).get("utility", {})
+    table = Table(title="Utility (higher is better)", title_justify="left")
+    table.add_column("mixture")
+    table.add_column("utility", justify="right")
+    table.add_column("best - this", justify="right")
+    if holdout:
+        table.add_column("held-out", justify="right")
+    rows = [("best found", best["utility"]), *summary["baselines"].items()]
+    for name, value in rows:
+        gap = "" if value is None or name == "best found" else f"{best['utility'] - value:+.4g}"
+        cells = [name, _number(value), gap]
+        if holdout:
+            cells.append(_number(holdout.get("best" if name == "best found" else name)))
+        table.add_row(*cells, style="bold" if name == "best found" else None)
+    low, high = best["interval"]
+    lines = [
+        f"Best mixture: {shares(best['mixture'])}",
+        f"  utility {best['utility']:.4g}, 95% interval over items [{low:.4g}, {high:.4g}]; "
+        f"noise floor {_number(summary['noise_floor'])} (the same mixture evaluated twice)",
+        *_ties(summary["indistinguishable"]),
+        *_costs(summary),
+    ]
+    return Group(table, Text("\n".join(lines)))
+
+
+def _ties(mixtures: Sequence[Mapping[str, float]]) -> list[str]:
+    if not mixtures:
+        return ["No other candidate is within its error bars."]
+    shown = [f"    {shares(mixture)}" for mixture in mixtures[:MAX_TIES_SHOWN]]
+    more = len(mixtures) - len(shown)
+    return [
+        f"{len(mixtures)} other candidates cannot be told from it (paired over items):",
+        *shown,
+        *([f"    and {more} more, see --json"] if more else []),
+    ]
+
+
+def _costs(summary: Mapping[str, Any]) -> list[str]:
+    swaps = summary["swaps"]
+    reasons = "; ".join(summary["stopped"].values())
+    proof = "proven" if swaps["proven"] else "NOT proven: every candidate was a fresh start"
+    return [
+        f"{summary['candidates']} candidates ({summary['failed']} failed), stopped: {reasons}.",
+        f"Engine {summary['engine']}: {swaps['count']} swaps ({proof}), "
+        f"median swap {swaps['median_s']:.3f} s, generation {summary['generation_median_s']:.2f} s, "
+        f"everything beyond generation {summary['overhead_median_s']:.3f} s a candidate.",
+    ]
+
+
+def merge_table(result: Mapping[str, Any]) -> RenderableType:
+    moved = result["bytes_read"] + result["bytes_written"]
+    table = Table(show_header=False, box=None)
+    table.add_row("written", result["out"])
+    if result["given"] != result["mixture"]:
+        table.add_row("weights given", ", ".join(f"{n}={w:g}" for n, w in result["given"].items()))
+    table.add_row("weights used", ", ".join(f"{n}={w:g}" for n, w in result["mixture"].items()))
+    table.add_row("tensors", str(result["tensors"]))
+    table.add_row("read, written", f"{_bytes(result['bytes_read'])}, {_bytes(result['bytes_written'])}")
+    table.add_row("time", f"{result['seconds']:.2f} s ({_bytes(moved / max(result['seconds'], 1e-9))}/s)")
+    table.add_row("peak memory", _bytes(result["peak_rss_bytes"]))
+    return table
+
+
+def items_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """One line per item and candidate."""
+    table = Table()
+    for column in ("candidate", "mixture", "benchmark", "item"):
+        table.add_column(column)
+    table.add_column("score", justify="right")
+    table.add_column("answer", overflow="fold", max_width=60)
+    for row in rows:
+        answer = row["text"]
+        table.add_row(
+            str(row["candidate"]),
+            shares(row["mixture"]),
+            row["benchmark"],
+            row["item"],
+            f"{row['score']:.4g}",
+            Text("" if answer is None else answer),
+        )
+    return table
+
+
+def doctor_table(found: Mapping[str, Any]) -> RenderableType:
+    table = Table(show_header=False, box=None)
+    machine = found["machine"]
+    table.add_row("machine", f"{machine['cpu']}, {machine['cores']} cores, {_bytes(machine['memory_bytes'])}")
+    table.add_row("system", f"{machine['system']}, Python {machine['python']}")
+    gpus = [f"{gpu['name']} ({_bytes(gpu['memory_bytes'])}, sm {gpu['capability']})" for gpu in found["gpus"]]
+    table.add_row("GPUs", ", ".join(gpus) or "none")
+    for name, engine in found["engines"].items():
+        state = f"works ({engine['device']}, {engine['version']})" if engine["works"] else engine["reason"]
+        table.add_row(f"engine {name}", state)
+    kernel = found["kernels"]["cpu"]
+    table.add_row(
+        "CPU kernel",
+        f"{'exact' if kernel['exact'] else 'NOT EXACT: do not use'}, "
+        f"merges {_bytes(kernel['merge_bytes_per_s'])}/s "
+        f"beside a memory copy of {_bytes(kernel['copy_bytes_per_s'])}/s",
+    )
+    disk = found["disk"]
+    table.add_row(
+        "temporary disk", f"writes {_bytes(disk['write_bytes_per_s'])}/s, {_bytes(disk['free_bytes'])} free"
+    )
+    table.add_row("versions", ", ".join(f"{n} {v}" for n, v in found["versions"].items() if v))
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,44 @@
+"""The coarse grid: the finest simplex lattice that the budget pays for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import comb
+
+from mergemix.mixture import Mixture
+from mergemix.search.base import Search
+from mergemix.search.simplex import UNITS, lattice
+
+
+class GridSearch(Search):
+    """The start points, then every other point of the lattice with the finest step that fits the budget.
+
+    The step follows from the budget, so it is part of the identity: a budget that pays for a finer
+    lattice is another study.
+    """
+
+    kind = "grid"
+
+    def __init__(self, names: Sequence[str], *, budget: int, seed: int, prior: Mixture | None) -> None:
+        super().__init__(names, budget=budget, seed=seed, prior=prior)
+        self.steps, self._lattice = self._finest_lattice()
+        self.identity["grid_steps"] = self.steps
+
+    def _finest_lattice(self) -> tuple[int, list[Mixture]]:
+        """(steps, points of that lattice that are not start points). One step always fits: the vertices."""
+        k = len(self.names)
+        steps = 1
+        while steps < UNITS and comb(steps + k, k - 1) <= self.budget:
+            steps += 1
+        for smaller in range(steps, 0, -1):
+            points = dict.fromkeys(lattice(self.names, smaller))
+            rest = [point for point in points if point not in self._starts]
+            if len(self._starts) + len(rest) <= self.budget:
+                return smaller, rest
+        raise AssertionError("the vertices are start points, and the budget covers those")
+
+    def _propose(self) -> list[Mixture]:
+        new = [point for point in self._lattice if point not in self._scores]
+        if not new:
+            self._reasons = {"grid": f"all points of the lattice with step 1/{self.steps} evaluated"}
+        return new

@@ -1,0 +1,135 @@
+"""Text to token ids and back, shared by all engines so that each sees the same ids.
+
+The conventions for log-likelihoods and truncation are lm-evaluation-harness's (`lm_eval/api/model.py`,
+`lm_eval/models/vllm_causallms.py`), so that scores are comparable with published ones.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from mergemix.errors import CheckpointError, ConfigError
+from mergemix.serve.engine import Generate, Request
+
+log = logging.getLogger(__name__)
+
+# Requests whose ids are remembered: a search asks the same ones for every candidate.
+REMEMBERED_REQUESTS = 1 << 17
+
+
+def load_tokenizer(root: Path) -> Any:
+    """The tokenizer in directory `root`; raises CheckpointError when there is none that transformers can load."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(root))
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"no tokenizer could be loaded from {root}: {error}") from error
+
+
+def prefix_token(tokenizer: Any) -> int:
+    """What stands before text that has no context: BOS, else EOS. Raises CheckpointError when there is neither."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise CheckpointError(
+        "the tokenizer has neither a BOS nor an EOS token, so an empty prompt cannot be answered"
+    )
+
+
+def end_tokens(root: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end an answer: the tokenizer's EOS and those of generation_config.json (else config.json), sorted."""
+    ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    for name in ("generation_config.json", "config.json"):
+        if (root / name).is_file():
+            given = json.loads((root / name).read_text(encoding="utf-8")).get("eos_token_id")
+            if given is not None:
+                ends.update([given] if isinstance(given, int) else given)
+                break
+    return tuple(sorted(ends))
+
+
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a prompt, with the tokenizer's own special tokens (BOS) unless the text already begins with BOS.
+
+    Empty text becomes the prefix token, since a model needs something to continue.
+    """
+    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    return _ids(tokenizer, text, special=not has_bos) or [prefix_token(tokenizer)]
+
+
+def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Ids of a context (never empty) and of the continuation to be scored after it.
+
+    Trailing whitespace of the context moves to the continuation, and the two are encoded as one text that is
+    split at the length of the encoded context, so that words keep their usual tokens. An empty context is the
+    prefix token, which is not repeated when the continuation begins with it. Where a token that spans the
+    boundary would leave nothing to score, the continuation is encoded alone (lm-eval scores it 0).
+    """
+    kept = context.rstrip()
+    continuation = context[len(kept) :] + continuation
+    if kept:
+        context_ids = encode_prompt(tokenizer, kept)
+        continuation_ids = encode_prompt(tokenizer, kept + continuation)[len(context_ids) :]
+        return context_ids, continuation_ids or _ids(tokenizer, continuation, special=False)
+    first = prefix_token(tokenizer)
+    continuation_ids = _ids(tokenizer, continuation, special=False)
+    return [first], continuation_ids[1:] if continuation_ids[:1] == [first] else continuation_ids
+
+
+def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special, return_attention_mask=False)["input_ids"])
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Ids for the model, and how many of the last ones are to be scored (0 for generation)."""
+
+    ids: tuple[int, ...]
+    num_scored: int
+
+
+class RequestEncoder:
+    """Requests to ids that fit the model, remembered across candidates.
+
+    What is too long loses tokens on the left: a prompt keeps its last max_model_len - max_tokens tokens, a
+    context with its continuation the last max_model_len - 1 (vLLM always generates one more). The first time a
+    request is cut, a warning is logged. Raises ConfigError when max_tokens is not between 1 and
+    max_model_len - 1.
+    """
+
+    def __init__(self, tokenizer: Any, max_model_len: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_model_len = max_model_len
+        self.encode = lru_cache(maxsize=REMEMBERED_REQUESTS)(self._encode)
+
+    def _encode(self, request: Request) -> Encoded:
+        if isinstance(request, Generate):
+            if not 0 < request.max_tokens < self.max_model_len:
+                raise ConfigError(
+                    f"max_tokens must be at least 1 and less than the model's length of {self.max_model_len} "
+                    f"tokens, but is {request.max_tokens}"
+                )
+            ids = encode_prompt(self.tokenizer, request.prompt)
+            return Encoded(self._fit(ids, self.max_model_len - request.max_tokens), 0)
+        context, continuation = encode_pair(self.tokenizer, request.context, request.continuation)
+        ids = self._fit(context + continuation, self.max_model_len - 1)
+        # The first id of all has nothing before it that could predict it.
+        return Encoded(ids, min(len(continuation), len(ids) - 1))
+
+    def _fit(self, ids: list[int], limit: int) -> tuple[int, ...]:
+        if len(ids) > limit:
+            log.warning("a request of %d tokens keeps only its last %d, to fit the model", len(ids), limit)
+        return tuple(ids[-limit:])
+
+
+def cut_at_stop(text: str, stops: Sequence[str]) -> str:
+    """`text` up to, not including, the first place where any of `stops` begins; empty stops are ignored."""
+    places = [text.find(stop) for stop in stops if stop]
+    return text[: min((place for place in places if place >= 0), default=len(text))]

@@ -1,0 +1,131 @@
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergemix.errors import ConfigError
+from mergemix.evals.utility import (
+    NORMALIZATIONS,
+    Utility,
+    capability_scores,
+    make_utility,
+    mean_score,
+    parse_utility,
+)
+
+CAPABILITIES = {"math": ["sums", "gsm"], "code": ["mbpp"]}
+BASE = {"sums": 0.2, "gsm": 0.1, "mbpp": 0.4}
+UNIFORM = {"sums": 0.5, "gsm": 0.3, "mbpp": 0.3}
+EXPERTS = {"a": {"sums": 0.7, "gsm": 0.5, "mbpp": 0.2}, "b": {"sums": 0.2, "gsm": 0.1, "mbpp": 0.3}}
+REFERENCES = {"base": BASE, "uniform": UNIFORM, "experts": EXPERTS}
+
+
+def test_macro_is_the_mean_over_capabilities_of_the_mean_over_benchmarks() -> None:
+    scores = {"sums": 0.2, "gsm": 0.4, "mbpp": 0.9}
+    assert capability_scores(scores, CAPABILITIES) == pytest.approx({"math": 0.3, "code": 0.9})
+    assert make_utility(CAPABILITIES)(scores) == pytest.approx(0.6)
+
+
+def test_utility_of_item_scores_is_that_of_their_means() -> None:
+    items = {"sums": np.array([0.0, 1.0, 1.0]), "gsm": np.array([-1.5, -0.25]), "mbpp": np.array([1.0])}
+    utility = make_utility(CAPABILITIES, "math=3,code=1", "base", base=BASE)
+    assert utility(items) == utility({name: mean_score(values) for name, values in items.items()})
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.randoms(use_true_random=False))
+def test_a_mean_does_not_depend_on_the_order(values: list[float], random: object) -> None:
+    shuffled = random.sample(values, len(values))  # type: ignore[attr-defined]
+    assert mean_score(np.array(values)) == mean_score(np.array(shuffled))
+
+
+@pytest.mark.parametrize(
+    ("spec", "weights"),
+    [
+        ("macro", {"math": 0.5, "code": 0.5}),
+        ("math", {"math": 1.0}),
+        ("math=3,code=1", {"math": 0.75, "code": 0.25}),
+        (" code = 1e0 , math = 3 ", {"math": 0.75, "code": 0.25}),
+        ("math=2,code=0", {"math": 1.0}),
+    ],
+)
+def test_specs_of_a_utility(spec: str, weights: dict[str, float]) -> None:
+    assert parse_utility(spec, list(CAPABILITIES)) == weights
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("maths", "unknown capability 'maths'; did you mean 'math'? (capabilities: code, math)"),
+        ("", "unknown capability ''"),
+        ("math,code", "unknown capability 'math,code'"),
+        ("math=1,mbpp=1", "unknown capability 'mbpp'"),
+        ("math=1,math=2", "names 'math' twice"),
+        ("math=-1,code=2", "the weight of capability 'math' must be a finite number >= 0, but is '-1'"),
+        ("math=nan", "must be a finite number >= 0, but is 'nan'"),
+        ("math=", "must be a finite number >= 0, but is ''"),
+        ("math=0", "must have a positive sum, but 'math=0' sums to 0"),
+    ],
+)
+def test_a_utility_that_makes_no_sense(spec: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_utility(CAPABILITIES, spec)
+
+
+def test_base_and_minmax_put_the_base_at_0_and_minmax_the_best_expert_at_1() -> None:
+    assert make_utility(CAPABILITIES, normalize="base", **REFERENCES)(BASE) == pytest.approx(0)
+    gains = {name: score + 0.25 for name, score in BASE.items()}
+    assert make_utility(CAPABILITIES, normalize="base", **REFERENCES)(gains) == pytest.approx(0.25)
+    minmax = make_utility(CAPABILITIES, "math", "minmax", **REFERENCES)
+    assert minmax(BASE) == pytest.approx(0)
+    assert minmax(EXPERTS["a"]) == pytest.approx(1)
+
+
+def test_minmax_is_the_gain_over_the_base_where_no_expert_beats_it() -> None:
+    code = make_utility(CAPABILITIES, "code", "minmax", **REFERENCES)
+    assert code({"mbpp": 0.5}) == pytest.approx(0.1)
+    assert code({"mbpp": 0.5}) > code({"mbpp": 0.4})
+
+
+def test_zscore_standardises_over_the_start_points() -> None:
+    utility = make_utility(CAPABILITIES, "code", "zscore", **REFERENCES)
+    values = [utility(scores) for scores in (BASE, UNIFORM, *EXPERTS.values())]
+    assert np.mean(values) == pytest.approx(0)
+    assert np.std(values) == pytest.approx(1)
+    without_base = make_utility(CAPABILITIES, "code", "zscore", uniform=UNIFORM, experts=EXPERTS)
+    assert without_base({"mbpp": np.mean([0.3, 0.2, 0.3])}) == pytest.approx(0)
+
+
+def test_zscore_is_the_gain_over_the_mean_where_all_start_points_score_the_same() -> None:
+    same = {"sums": 0.1, "gsm": 0.1, "mbpp": 0.1}
+    utility = make_utility(CAPABILITIES, normalize="zscore", uniform=same, base=same, experts={"a": same})
+    assert utility({"sums": 0.2, "gsm": 0.2, "mbpp": 0.2}) == pytest.approx(0.1)
+
+
+@given(st.dictionaries(st.sampled_from(["sums", "gsm", "mbpp"]), st.floats(-100, 1), min_size=3))
+def test_every_normalisation_keeps_higher_better(scores: dict[str, float]) -> None:
+    higher = {name: score + 1 for name, score in scores.items()}
+    for normalize in NORMALIZATIONS:
+        utility = make_utility(CAPABILITIES, normalize=normalize, **REFERENCES)
+        assert utility(higher) > utility(scores)
+
+
+@pytest.mark.parametrize(
+    ("normalize", "references", "message"),
+    [
+        ("min-max", {}, "unknown normalisation 'min-max'; did you mean 'minmax'?"),
+        ("base", {}, "--normalize base needs the scores of the base; give --base"),
+        ("minmax", {"experts": EXPERTS}, "--normalize minmax needs the scores of the base"),
+        ("minmax", {"base": BASE}, "--normalize minmax needs the scores of the single experts"),
+        ("zscore", {"uniform": UNIFORM}, "--normalize zscore needs the scores of the single experts"),
+    ],
+)
+def test_a_normalisation_without_its_references(normalize: str, references: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_utility(CAPABILITIES, normalize=normalize, **references)
+
+
+def test_a_benchmark_that_does_not_count_is_not_needed() -> None:
+    assert make_utility(CAPABILITIES, "code") == Utility({"mbpp": 1.0}, 0.0)
+    assert make_utility(CAPABILITIES, "code")({"mbpp": 0.5}) == 0.5

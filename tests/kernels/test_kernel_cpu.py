@@ -1,0 +1,207 @@
+"""The CPU kernels equal the reference bit for bit, whatever the sizes, the weights and the values."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernel_samples import DTYPES, any_bits, as_array, assert_same_bits, numbers, poisoned, weight_lists
+from mergemix_kernels import cpu, reference
+
+SIZES = [0, 1, 2, 31, cpu.BLOCK_ELEMENTS - 1, cpu.BLOCK_ELEMENTS + 1, 3 * cpu.MIN_RANGE_ELEMENTS + 17]
+
+
+def run(sources: list[torch.Tensor], weights: list[float], dtype: str) -> torch.Tensor:
+    out = poisoned(sources[0].numel(), dtype=sources[0].dtype)
+    cpu.weighted_sum([as_array(source) for source in sources], weights, as_array(out), dtype)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), count=st.sampled_from(SIZES), make=st.sampled_from([any_bits, numbers]))
+def test_equals_the_reference(dtype, data, count, make):
+    weights = data.draw(weight_lists(9))
+    sources = [make(DTYPES[dtype], count, seed) for seed in range(len(weights))]
+    assert_same_bits(run(sources, weights, dtype), reference.weighted_sum(sources, weights))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_64_sources(dtype):
+    sources = [numbers(DTYPES[dtype], 1001, seed) for seed in range(64)]
+    weights = np.random.default_rng(0).dirichlet(np.ones(64)).tolist()
+    assert torch.equal(run(sources, weights, dtype), reference.weighted_sum(sources, weights))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_one_hot_weights_give_every_bit_pattern_back(dtype, position):
+    patterns = torch.from_numpy(np.arange(1 << 16, dtype=np.uint16)).view(DTYPES[dtype])
+    sources = [any_bits(DTYPES[dtype], 1 << 16, 1), any_bits(DTYPES[dtype], 1 << 16, 2), any_bits(DTYPES[dtype], 1 << 16, 3)]
+    sources[position] = patterns
+    weights = [0.0, 0.0, 0.0]
+    weights[position] = 1.0
+    assert_same_bits(run(sources, weights, dtype), patterns)
+    assert_same_bits(reference.weighted_sum(sources, weights), patterns)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_rounding_case(dtype):
+    """Ties, carries into the exponent, overflow to Inf and underflow, from products with a second source."""
+    high = any_bits(DTYPES["F32"], 1 << 18, 5)
+    sources = [high.to(DTYPES[dtype]), (high * 2**-9).to(DTYPES[dtype]), (high * 2**-11).to(DTYPES[dtype])]
+    for weights in ([1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [1.0, -1.0, 1.0], [1.5, 1.5, 0.0], [3e38, 0.0, 0.0]):
+        assert_same_bits(run(sources, weights, dtype), reference.weighted_sum(sources, weights))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_subnormals_survive_a_caller_that_flushes_them(dtype):
+    source = as_array(numbers(DTYPES[dtype], 1000, 0)) // 1 if dtype == "F32" else as_array(numbers(DTYPES[dtype], 1000, 0)) & 0x7F
+    tiny = np.arange(1, 128, dtype=np.uint32).view(np.float32) if dtype == "F32" else source.astype(np.uint16)
+    out = np.zeros_like(tiny)
+    assert torch.set_flush_denormal(True)
+    try:
+        cpu.weighted_sum([tiny], [1.0], out, dtype)
+        still_flushing = (torch.tensor([1e-40]) * 1.0).item() == 0.0
+    finally:
+        torch.set_flush_denormal(False)
+    assert out.tobytes() == tiny.tobytes()
+    assert still_flushing, "the caller's own setting must be left as it was"
+
+
+def test_out_may_be_a_source():
+    sources = [numbers(DTYPES["BF16"], 100_000, seed) for seed in range(3)]
+    expected = reference.weighted_sum(sources, [0.2, 0.3, 0.5])
+    cpu.weighted_sum([as_array(s) for s in sources], [0.2, 0.3, 0.5], as_array(sources[1]), "BF16")
+    assert torch.equal(sources[1], expected)
+
+
+def test_sources_of_weight_zero_are_absent():
+    sources = [numbers(DTYPES["F32"], 10, 0), torch.full((10,), float("nan")), numbers(DTYPES["F32"], 10, 2)]
+    assert torch.equal(run(sources, [0.5, 0.0, 0.5], "F32"), run(sources[::2], [0.5, 0.5], "F32"))
+    assert torch.equal(run(sources, [0.5, 1e-60, 0.5], "F32"), run(sources[::2], [0.5, 0.5], "F32"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "F64"}, "dtype must be one of"),
+        ({"out": np.zeros(5, np.uint16)}, "source 0 must be"),
+        ({"out": np.zeros(4, np.float32)}, "out must be"),
+        ({"out": np.zeros((2, 2), np.uint16)}, "out must be"),
+        ({"out": np.zeros(8, np.uint16)[::2]}, "out must be"),
+        ({"out": np.frombuffer(bytes(8), np.uint16)}, "out must be writeable"),
+        ({"sources": []}, "from 1 to 64"),
+        ({"sources": [np.zeros(4, np.uint16)] * 65, "weights": [1.0] * 65}, "from 1 to 64"),
+        ({"weights": [1.0]}, "one weight per source"),
+        ({"weights": [0.0, -0.0]}, "at least one weight"),
+        ({"weights": [1.0, float("nan")]}, "finite in fp32"),
+        ({"weights": [1.0, 1e39]}, "finite in fp32"),
+    ],
+)
+def test_refuses(change, message):
+    call = {"sources": [np.zeros(4, np.uint16)] * 2, "weights": [0.5, 0.5], "out": np.ones(4, np.uint16), "dtype": "BF16"}
+    with pytest.raises(ValueError, match=message):
+        cpu.weighted_sum(**(call | change))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), count=st.sampled_from(SIZES[1:]))
+def test_bitwise_equal_and_all_finite_see_any_single_element(dtype, data, count):
+    values = numbers(DTYPES[dtype], count, 0)
+    others = [values.clone(), values.clone()]
+    assert cpu.bitwise_equal([as_array(values), *map(as_array, others)])
+    assert cpu.all_finite(as_array(values), dtype)
+    where = data.draw(st.integers(0, count - 1))
+    others[data.draw(st.integers(0, 1))][where] = data.draw(st.sampled_from([np.inf, -np.inf, np.nan]))
+    assert not cpu.bitwise_equal([as_array(values), *map(as_array, others)])
+    assert [cpu.all_finite(as_array(other), dtype) for other in others].count(False) == 1
+
+
+def test_bitwise_equal_tells_zeros_apart_and_nan_from_nothing():
+    zero, minus = np.zeros(3, np.float32), np.array([0, -0.0, 0], np.float32)
+    nan = np.full(3, np.nan, np.float32)
+    assert not cpu.bitwise_equal([zero, minus])
+    assert cpu.bitwise_equal([nan, nan.copy()])
+    assert cpu.bitwise_equal([zero])
+    assert cpu.bitwise_equal([])
+    with pytest.raises(ValueError, match="source 1 must be"):
+        cpu.bitwise_equal([zero, zero.astype(np.float64)])
+
+
+def test_all_finite_takes_the_largest_numbers():
+    for dtype, torch_dtype in DTYPES.items():
+        assert cpu.all_finite(as_array(torch.full((9,), torch.finfo(torch_dtype).min, dtype=torch_dtype)), dtype)
+
+
+def _sum_in_child(queue) -> None:
+    sources = [numbers(DTYPES["BF16"], 300_000, seed) for seed in range(3)]
+    queue.put(torch.equal(run(sources, [0.2, 0.3, 0.5], "BF16"), reference.weighted_sum(sources, [0.2, 0.3, 0.5])))
+
+
+def test_works_in_a_forked_child_of_a_process_that_used_its_threads(monkeypatch):
+    monkeypatch.setattr(cpu, "thread_count", lambda: 3)
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's own OpenMP pool would not survive the fork; ours must
+    try:
+        run([numbers(DTYPES["BF16"], 300_000, 0)], [1.0], "BF16")
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        child = context.Process(target=_sum_in_child, args=(queue,))
+        child.start()
+        assert queue.get(timeout=60)
+        child.join(60)
+        assert child.exitcode == 0
+    finally:
+        torch.set_num_threads(torch_threads)
+
+
+def test_concurrent_callers_do_not_disturb_each_other(monkeypatch):
+    monkeypatch.setattr(cpu, "thread_count", lambda: 3)
+    sources = [numbers(DTYPES["BF16"], 200_000, seed) for seed in range(4)]
+    mixes = [[0.1 * k, 0.2, 0.3, 0.5 - 0.1 * k] for k in range(8)]
+    with ThreadPoolExecutor(8) as callers:
+        results = list(callers.map(lambda weights: run(sources, weights, "BF16"), mixes * 4))
+    for weights, result in zip(mixes * 4, results, strict=True):
+        assert torch.equal(result, reference.weighted_sum(sources, weights))
+
+
+def test_thread_count_obeys_affinity_and_openmp(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for value, expected in (("", 8), ("4", 4), ("4,2", 4), ("99", 8), ("0", 1), ("many", 8)):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        assert cpu.thread_count() == expected
+
+
+IMPORTS = """
+import sys
+import mergemix_kernels
+heavy = {"torch", "numba", "triton", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+import mergemix_kernels.cpu
+assert "torch" not in sys.modules and "triton" not in sys.modules
+"""
+
+NOWHERE_TO_CACHE = """
+import numba.core.caching as caching
+caching.CacheImpl._locator_classes = []
+import numpy as np
+from mergemix_kernels import cpu
+out = np.empty(3, np.float32)
+cpu.weighted_sum([np.ones(3, np.float32)], [2.0], out, "F32")
+assert out.tolist() == [2.0] * 3
+"""
+
+
+@pytest.mark.parametrize("program", [IMPORTS, NOWHERE_TO_CACHE], ids=["light imports", "nowhere to cache"])
+def test_in_a_fresh_process(program):
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
