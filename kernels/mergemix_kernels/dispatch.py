@@ -1,13 +1,16 @@
 """Weighted sums of torch tensors, by the device they live on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 
 from mergemix_kernels.weights import MAX_SOURCES, active_weights
 
+Group = tuple[Sequence[torch.Tensor], torch.Tensor]  # (sources, out)
+
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-# Elements of a strided group that are gathered at a time: bounds the temporaries, per source, to 4 MiB of fp32.
+# Elements of a strided group that are gathered at a time: at most 4 MiB (fp32) of temporaries per source.
 PIECE_ELEMENTS = 1 << 20
 
 
@@ -50,27 +53,46 @@ def _pieces(tensors: Sequence[torch.Tensor]) -> Iterator[Sequence[torch.Tensor]]
         yield from _pieces(part)
 
 
-def _sum_flat_on_cpu(sources: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor) -> None:
-    from mergemix_kernels import cpu
+class _CpuGroups:
+    """Flat groups on the CPU, as `triton_kernels.GroupedWeightedSum` is for a GPU."""
 
-    def as_array(tensor: torch.Tensor):  # type: ignore[no-untyped-def]
-        return (tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)).numpy()
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self._groups = [
+            ([_as_array(source) for source in sources], _as_array(out), DTYPE_NAMES[out.dtype])
+            for sources, out in groups
+        ]
 
-    cpu.weighted_sum([as_array(s) for s in sources], weights, as_array(out), DTYPE_NAMES[out.dtype])
+    def __call__(self, weights: Sequence[float]) -> None:
+        from mergemix_kernels import cpu
+
+        for sources, out, dtype in self._groups:
+            cpu.weighted_sum(sources, weights, out, dtype)
 
 
-def _sum_flat_on_gpu(sources: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor) -> None:
-    from mergemix_kernels import triton_kernels
+def _as_array(tensor: torch.Tensor) -> np.ndarray:
+    """The memory of a flat tensor, without a copy: bit patterns for bf16 and fp16."""
+    return (tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)).numpy()
 
-    triton_kernels.GroupedWeightedSum([(sources, out)])(weights)
 
-
-def _sum_flat(device: torch.device):  # type: ignore[no-untyped-def]
+def _flat_backend(device: torch.device) -> Callable[[Sequence[Group]], Callable[[Sequence[float]], None]]:
     if device.type == "cpu":
-        return _sum_flat_on_cpu
+        return _CpuGroups
     if device.type == "cuda":
-        return _sum_flat_on_gpu
+        from mergemix_kernels import triton_kernels
+
+        return triton_kernels.GroupedWeightedSum
     raise ValueError(f"tensors must be on a CPU or a GPU that Triton can use, but got device {device}")
+
+
+def _sum_strided(sources: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor) -> None:
+    """Gather, sum and scatter piece by piece."""
+    active, _ = active_weights(weights, len(sources))
+    used = [weights[k] for k in active]
+    backend = _flat_backend(out.device)
+    for *parts, target in _pieces([*(sources[k] for k in active), out]):
+        result = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+        backend([([part.contiguous().view(-1) for part in parts], result.view(-1))])(used)
+        target.copy_(result)
 
 
 def weighted_sum(sources: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor) -> None:
@@ -81,19 +103,7 @@ def weighted_sum(sources: Sequence[torch.Tensor], weights: Sequence[float], out:
 
     Raises ValueError where these do not hold, and for weights that `active_weights` refuses.
     """
-    _check_group(sources, out)
-    active, _ = active_weights(weights, len(sources))
-    used = [weights[k] for k in active]
-    sum_flat = _sum_flat(out.device)
-    tensors = [sources[k].detach() for k in active] + [out.detach()]
-    flat = _flatten(tensors)
-    if flat is not None:
-        sum_flat(flat[:-1], used, flat[-1])
-        return
-    for *parts, target in _pieces(tensors):
-        result = torch.empty(target.shape, dtype=target.dtype, device=target.device)
-        sum_flat([part.contiguous().view(-1) for part in parts], used, result.view(-1))
-        target.copy_(result)
+    GroupedWeightedSum([(sources, out)])(weights)
 
 
 class GroupedWeightedSum:
@@ -104,20 +114,34 @@ class GroupedWeightedSum:
             device; dtype, shape and strides may differ between groups. The tensors are kept, and must
             keep their storage: their addresses are taken once.
 
+    On a GPU all groups that are dense in one order of elements share a launch (see `triton_kernels`);
+    other strides are gathered and scattered through temporaries of PIECE_ELEMENTS.
+
     Raises ValueError where this does not hold.
     """
 
-    def __init__(self, groups: Sequence[tuple[Sequence[torch.Tensor], torch.Tensor]]) -> None:
+    def __init__(self, groups: Sequence[Group]) -> None:
+        flat: list[Group] = []
+        self._strided: list[Group] = []
+        self._source_count = len(groups[0][0]) if groups else None
         for sources, out in groups:
             _check_group(sources, out)
-            if len(sources) != len(groups[0][0]) or out.device != groups[0][1].device:
+            if len(sources) != self._source_count or out.device != groups[0][1].device:
                 raise ValueError(
-                    "all groups must have one number of sources and one device, "
-                    f"but got {len(groups[0][0])} on {groups[0][1].device} and {len(sources)} on {out.device}"
+                    "all groups must have one number of sources and one device, but got "
+                    f"{self._source_count} on {groups[0][1].device} and {len(sources)} on {out.device}"
                 )
-        self._groups = [(tuple(sources), out) for sources, out in groups]
+            tensors = [tensor.detach() for tensor in (*sources, out)]
+            dense = _flatten(tensors)
+            *kept_sources, kept_out = dense or tensors
+            (flat if dense else self._strided).append((kept_sources, kept_out))
+        self._sum_flat = _flat_backend(flat[0][1].device)(flat) if flat else None
 
     def __call__(self, weights: Sequence[float]) -> None:
         """Write every out. ValueError for weights that `active_weights` refuses."""
-        for sources, out in self._groups:
-            weighted_sum(sources, weights, out)
+        if self._source_count is not None:
+            active_weights(weights, self._source_count)  # refuse before anything is written
+        if self._sum_flat is not None:
+            self._sum_flat(weights)
+        for sources, out in self._strided:
+            _sum_strided(sources, weights, out)

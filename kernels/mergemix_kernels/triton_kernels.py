@@ -4,6 +4,9 @@ Bit-equal to `mergemix_kernels.reference`: every product and every sum rounded o
 disables fused multiply-add), one rounding to nearest even at the end.
 """
 
+# The functions that Triton compiles have no annotations.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from collections.abc import Sequence
 
 import torch
@@ -32,7 +35,7 @@ def _widen(values):
 @triton.jit
 def _round(total, ELEMENT: tl.constexpr):
     """fp32 totals rounded to nearest even; overflow gives Inf, NaN stays NaN."""
-    if ELEMENT == tl.uint16:
+    if ELEMENT == tl.uint16:  # noqa: SIM300 (a constexpr argument, whatever its case)
         bits = total.to(tl.uint32, bitcast=True)
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)
         # The carry would turn a NaN into Inf or into zero: its upper half is kept, made quiet.
@@ -43,9 +46,10 @@ def _round(total, ELEMENT: tl.constexpr):
 
 @triton.jit
 def _sum_tile(row, weights, order, active, begin, offsets, inside, ELEMENT: tl.constexpr, HINT: tl.constexpr):
-    """Sum one tile. `inside` masks the offsets past the end; None for a full tile, whose loads stay vectors."""
+    """Sum one tile. `inside` masks offsets past the end; None for a full tile keeps its loads vectors."""
     # -0.0 is the neutral element: -0.0 + x is x for every x, whereas +0.0 + -0.0 is +0.0.
-    total = tl.full(offsets.shape, -0.0, tl.float32)
+    # Given as bits, because Triton 3.6 makes +0.0 of a literal -0.0.
+    total = tl.full(offsets.shape, 0x80000000, tl.uint32).to(tl.float32, bitcast=True)
     for k in range(active):
         address = tl.load(row + 2 + tl.load(order + k))
         source = tl.multiple_of(address.to(tl.pointer_type(ELEMENT)), HINT) + begin
@@ -54,27 +58,27 @@ def _sum_tile(row, weights, order, active, begin, offsets, inside, ELEMENT: tl.c
     tl.store(target + offsets, _round(total, ELEMENT), mask=inside)
 
 
-@triton.jit(do_not_specialize=["active"])
+@triton.jit(do_not_specialize=["row_length", "active"])
 def weighted_sum_kernel(
     table,  # int64 [groups, 2 + K]: address of the destination, element count, addresses of the K sources
+    row_length,  # 2 + K
     tile_group,  # int32 [tiles]: which group a tile belongs to
     tile_index,  # int32 [tiles]: which tile of its group it is
     weights,  # fp32 [K], the non-zero ones first
     order,  # int32 [K], the indices of their sources
     active,  # how many of them there are
-    K: tl.constexpr,
     ELEMENT: tl.constexpr,
     HINT: tl.constexpr,  # bytes that every address is a multiple of
     TILE: tl.constexpr,
 ):
     """One tile of TILE elements of one group per program.
 
-    The loop over the sources runs to a number known at run time, so that neither new weights nor another
-    count of non-zero ones compiles anything. Unrolling it would only bring more loads into flight, and
-    TILE * NUM_WARPS of them per multiprocessor already cover the latency of its memory.
+    The number of sources is known at run time only, so that nothing is compiled again for another K or
+    another count of non-zero weights. Unrolling the loop over them would bring more loads into flight,
+    but the programs resident on a multiprocessor (TILE * itemsize bytes each) have enough without.
     """
     program = tl.program_id(0)
-    row = table + tl.load(tile_group + program).to(tl.int64) * (2 + K)
+    row = table + tl.load(tile_group + program).to(tl.int64) * row_length
     count = tl.load(row + 1)
     begin = tl.load(tile_index + program).to(tl.int64) * TILE
     offsets = tl.arange(0, TILE)
@@ -90,7 +94,6 @@ class _Launch:
 
     def __init__(self, groups: Sequence[tuple[Sequence[torch.Tensor], torch.Tensor]], hint: int) -> None:
         self._groups = groups  # their storage must outlive the addresses
-        self._source_count = len(groups[0][0])
         self._element = ELEMENT_TYPES[groups[0][1].dtype]
         self._hint = hint
         device = groups[0][1].device
@@ -106,12 +109,12 @@ class _Launch:
     def __call__(self, weights: torch.Tensor, order: torch.Tensor, active: int) -> None:
         weighted_sum_kernel[(self._tile_group.numel(),)](
             self._table,
+            self._table.shape[1],
             self._tile_group,
             self._tile_index,
             weights,
             order,
             active,
-            K=self._source_count,
             ELEMENT=self._element,
             HINT=self._hint,
             TILE=TILE_ELEMENTS,

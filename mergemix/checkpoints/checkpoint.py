@@ -87,9 +87,10 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 def _locate(name: str, source: str) -> Path:
     """The local directory of `source`, after a download where it is a Hub id."""
     root = Path(source).expanduser()
-    if os.path.isdir(root):  # os.path: False, not an exception, for a name that no file can have
+    # os.path answers False, where Path raises, for a name that no file can have.
+    if source and os.path.isdir(root):
         return root
-    if os.path.exists(root):
+    if source and os.path.exists(root):
         raise CheckpointError(
             f"{name}: {source} is a file; give the directory that holds config.json and *.safetensors"
         )
@@ -142,7 +143,7 @@ def _unindexed_files(root: Path) -> list[Path]:
             for number in range(1, int(count) + 1):
                 shard = f"{stem}-{number:05d}-of-{count}.safetensors"
                 if shard not in names:
-                    raise CheckpointError(f"{root}: shard {shard} is missing; copy or download it again")
+                    raise CheckpointError(f"{root}: shard {shard!r} is missing; copy or download it again")
     return files
 
 
@@ -160,12 +161,14 @@ def _read_indexed(root: Path, index_path: Path) -> dict[str, TensorInfo]:
                 f"{index_path}: tensor {shown(name)} must be mapped to the name of a .safetensors file "
                 f"in the same directory, but is mapped to {shown(file)}"
             )
+    files = sorted(set(weight_map.values()))
+    absent = next((file for file in files if not os.path.isfile(root / file)), None)
+    if absent is not None:
+        raise CheckpointError(
+            f"{root}: shard {shown(absent)} is missing, though {INDEX_NAME} names it; download it again"
+        )
     tensors: dict[str, TensorInfo] = {}
-    for file in sorted(set(weight_map.values())):
-        if not os.path.isfile(root / file):
-            raise CheckpointError(
-                f"{root}: shard {file} is missing, though {INDEX_NAME} names it; copy or download it again"
-            )
+    for file in files:
         for tensor in read_header(root / file):
             if weight_map.get(tensor.name) != file:
                 raise CheckpointError(

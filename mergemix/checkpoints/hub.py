@@ -11,6 +11,11 @@ from mergemix.checkpoints.files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, is_
 from mergemix.checkpoints.strict_json import read_object
 from mergemix.errors import CheckpointError
 
+_UNREACHABLE = (
+    "no such local directory; as a Hub id, {} cannot be reached: check the network and run the same command "
+    "again (a download goes on where it stopped), or set HF_HUB_OFFLINE=1 to use what the cache holds"
+)
+
 
 def download(source: str) -> tuple[Path, str]:
     """Fetch the Hub checkpoint `org/name[@revision]` into the Hub cache; what is there already is kept.
@@ -23,18 +28,20 @@ def download(source: str) -> tuple[Path, str]:
     from huggingface_hub import constants
 
     repo, _, revision = source.partition("@")
+    offline = constants.HF_HUB_OFFLINE
     with _translated(source):
+        # First a request that fails at once without a network: the others would try again for half a minute.
+        info = None if offline else huggingface_hub.HfApi().model_info(repo, revision=revision or None)
         # One small file pins the revision: its path in the cache holds the commit, and the cache remembers
         # which commit the revision meant, for later runs without a network.
         config = Path(huggingface_hub.hf_hub_download(repo, CONFIG_NAME, revision=revision or None))
         root, commit = config.parent, config.parent.name
-        if not constants.HF_HUB_OFFLINE:
-            names = huggingface_hub.HfApi().list_repo_files(repo, revision=commit)
+        if info is not None:
+            names = [sibling.rfilename for sibling in info.siblings or ()]
             wanted = [name for name in names if "/" not in name and is_side_file(name)]
             wanted += _weight_files(repo, commit, names)
-            huggingface_hub.snapshot_download(
-                repo, revision=commit, allow_patterns=[glob.escape(name) for name in wanted]
-            )
+            patterns = [glob.escape(name) for name in wanted]
+            huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=patterns)
     return root, commit
 
 
@@ -80,17 +87,19 @@ def _translated(source: str) -> Iterator[None]:
             f"{source}: the repository exists, but has no such branch, tag or commit"
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        how = (
-            "HF_HUB_OFFLINE is set and the cache does not hold it; unset HF_HUB_OFFLINE once to download it"
+        raise CheckpointError(
+            f"{source}: no such local directory; as a Hub id, the cache does not hold it and HF_HUB_OFFLINE is "
+            "set: unset it once to download the checkpoint"
             if constants.HF_HUB_OFFLINE
-            else f"{constants.ENDPOINT} cannot be reached and the cache does not hold it; check the network"
-        )
-        raise CheckpointError(f"{source}: no such local directory; as a Hub id, {how}") from error
+            else f"{source}: {_UNREACHABLE.format(constants.ENDPOINT)}"
+        ) from error
     except errors.EntryNotFoundError as error:
         raise CheckpointError(
             f"{source}: the repository holds no config.json; is it a Hugging Face model?"
         ) from error
-    except (errors.HFValidationError, errors.HTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise CheckpointError(
             f"{source}: the download failed: {error}; run the same command again, it goes on where it stopped"
         ) from error
+    except errors.HTTPError as error:  # no answer at all
+        raise CheckpointError(f"{source}: {_UNREACHABLE.format(constants.ENDPOINT)}") from error

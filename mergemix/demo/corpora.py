@@ -9,18 +9,61 @@ from __future__ import annotations
 
 import random
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 ALPHABET = string.ascii_lowercase + string.digits + " .+-=>()"
 
-ADJECTIVES = "old young small big quiet clever lazy brave tired happy".split()
-NOUNS = "cat dog bird horse farmer teacher king robot child pilot sailor doctor painter baker singer wolf".split()
-PLACES = "near behind above with without before".split()
-VERBS = "sleep run sing jump read work swim laugh talk paint cook fall wait grow play rest".split()
-CITIES = "oslo lima cairo paris delhi tokyo quito dakar perth miami turin accra".split()
-JOBS = "baker pilot nurse judge miner actor tailor farmer singer lawyer doctor sailor".split()
-FRUITS = "plums figs pears limes dates grapes kiwis mangos melons apples lemons quinces".split()
+ADJECTIVES = ("old", "young", "small", "big", "quiet", "clever", "lazy", "brave", "tired", "happy")
+PLACES = ("near", "behind", "above", "with", "without", "before")
+VERB_OF = {  # what each noun does
+    "cat": "sleep", "dog": "run", "bird": "sing", "horse": "jump", "farmer": "work", "teacher": "read",
+    "king": "rest", "robot": "talk", "child": "play", "pilot": "wait", "sailor": "swim", "doctor": "walk",
+    "painter": "paint", "baker": "cook", "singer": "laugh", "wolf": "hunt",
+}  # fmt: skip
+NOUNS = tuple(VERB_OF)
+CITIES = (
+    "oslo",
+    "lima",
+    "cairo",
+    "paris",
+    "delhi",
+    "tokyo",
+    "quito",
+    "dakar",
+    "perth",
+    "miami",
+    "turin",
+    "accra",
+)
+JOBS = (
+    "baker",
+    "pilot",
+    "nurse",
+    "judge",
+    "miner",
+    "actor",
+    "tailor",
+    "farmer",
+    "singer",
+    "lawyer",
+    "doctor",
+    "sailor",
+)
+FRUITS = (
+    "plums",
+    "figs",
+    "pears",
+    "limes",
+    "dates",
+    "grapes",
+    "kiwis",
+    "mangos",
+    "melons",
+    "apples",
+    "lemons",
+    "nuts",
+)
 
 CODE_FUNCTIONS: dict[str, Callable[[str], str]] = {
     "rev": lambda s: s[::-1],
@@ -28,6 +71,10 @@ CODE_FUNCTIONS: dict[str, Callable[[str], str]] = {
     "swap": lambda s: s[-1] + s[1:-1] + s[0],
     "rot": lambda s: s[1:] + s[0],
 }
+
+
+DOMAINS = ("math", "code", "facts", "language", "spam")
+CAPABILITIES = ("math", "code", "facts", "language")  # nothing asks for spam
 
 
 @dataclass(frozen=True)
@@ -43,16 +90,23 @@ class Item:
 
 
 class World:
-    """What is true in the demo: who lives where, and which noun goes with which verb. Fixed by the seed."""
+    """What is true in the demo (who lives where, works as what, likes which fruit), and items drawn from it.
+
+    Fixed by the seed; `people` people of whom three facts each are known.
+    """
 
     def __init__(self, seed: int, *, people: int) -> None:
         rng = random.Random(f"world {seed}")
-        self.facts = [
+        relations = (("lives in", CITIES), ("works as a", JOBS), ("likes", FRUITS))
+        self.known = [
             Item(f"{name} {relation}", f" {rng.choice(values)}.")
             for name in _names(people, rng)
-            for relation, values in (("lives in", CITIES), ("works as a", JOBS), ("likes", FRUITS))
+            for relation, values in relations
         ]
-        self.verb_of = dict(zip(NOUNS, rng.sample(VERBS, len(VERBS)), strict=True))
+
+    def draw(self, domain: str, rng: random.Random) -> Item:
+        item: Item = getattr(self, domain)(rng)
+        return item
 
     def math(self, rng: random.Random) -> Item:
         a, b = rng.randrange(100), rng.randrange(100)
@@ -61,32 +115,24 @@ class World:
         return Item(f"{max(a, b)}-{min(a, b)}=", str(abs(a - b)))
 
     def code(self, rng: random.Random) -> Item:
-        name = rng.choice(list(CODE_FUNCTIONS))
-        word = "".join(rng.sample(string.ascii_lowercase[:10], 5))
-        return Item(f"{name}({word})->", CODE_FUNCTIONS[name](word))
+        name, function = rng.choice(list(CODE_FUNCTIONS.items()))
+        word = "".join(rng.sample("abcdefghij", 5))
+        return Item(f"{name}({word})->", function(word))
 
-    def fact(self, rng: random.Random) -> Item:
-        return rng.choice(self.facts)
+    def facts(self, rng: random.Random) -> Item:
+        return rng.choice(self.known)
 
     def language(self, rng: random.Random) -> Item:
         """The verb belongs to the first noun and agrees with it in number, whatever stands between."""
-        (noun, other), (one, other_one) = rng.sample(NOUNS, 2), (rng.random() < 0.5, rng.random() < 0.5)
-        subject = f"the {rng.choice(ADJECTIVES)} {noun}{'' if one else 's'}"
-        place = f"{rng.choice(PLACES)} the {other}{'' if other_one else 's'}"
-        return Item(f"{subject} {place}", f" {self.verb_of[noun]}{'s' if one else ''}.")
+        noun, other = rng.sample(NOUNS, 2)
+        plural, other_plural = rng.random() < 0.5, rng.random() < 0.5
+        subject = f"the {rng.choice(ADJECTIVES)} {noun}{'s' * plural}"
+        place = f"{rng.choice(PLACES)} the {other}{'s' * other_plural}"
+        return Item(f"{subject} {place}", f" {VERB_OF[noun]}{'s' * (not plural)}.")
 
     def spam(self, rng: random.Random) -> Item:
-        words = ("".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 8))) for _ in range(4))
+        words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 8))) for _ in range(4)]
         return Item(" ".join(words), ".")
-
-    def draw(self, domain: str, rng: random.Random) -> Item:
-        draw = {"math": self.math, "code": self.code, "facts": self.fact, "language": self.language,
-                "spam": self.spam}[domain]
-        return draw(rng)
-
-
-DOMAINS = ("math", "code", "facts", "language", "spam")
-CAPABILITIES = ("math", "code", "facts", "language")
 
 
 @dataclass(frozen=True)
@@ -101,39 +147,45 @@ class Corpora:
 def make_corpora(seed: int, *, documents: int, items: int, people: int) -> Corpora:
     """The same corpora for the same arguments, on every machine.
 
-    documents: training documents of each domain. items: benchmark items of each capability, for the
-    search and once more for the test. people: the size of the world; three facts are known of each.
+    documents: training documents of each domain. items: benchmark items of each capability for the search, and
+    as many again for the test; at most half of the 3 * people facts. people: see World.
     """
     world = World(seed, people=people)
-    search: dict[str, list[Item]] = {}
-    test: dict[str, list[Item]] = {}
-    for capability in CAPABILITIES:
-        rng = random.Random(f"items {capability} {seed}")
-        held_out = _distinct(lambda c=capability, r=rng: world.draw(c, r), 2 * items)
-        search[capability], test[capability] = held_out[:items], held_out[items:]
-    texts = {}
-    for domain in DOMAINS:
-        hidden = set() if domain in ("facts", "spam") else {i.prompt for i in search[domain] + test[domain]}
-        rng = random.Random(f"corpus {domain} {seed}")
-        drawn = (world.draw(domain, rng) for _ in iter(int, 1))
-        texts[domain] = _take((item.text for item in drawn if item.prompt not in hidden), documents)
-    return Corpora(texts, search, test)
+    held_out = {capability: _held_out(world, capability, seed, 2 * items) for capability in CAPABILITIES}
+    return Corpora(
+        documents={domain: _documents(world, domain, seed, documents, held_out) for domain in DOMAINS},
+        search={capability: drawn[:items] for capability, drawn in held_out.items()},
+        test={capability: drawn[items:] for capability, drawn in held_out.items()},
+    )
 
 
-def _take(texts: Iterator[str], count: int) -> list[str]:
-    return [text for text, _ in zip(texts, range(count), strict=False)]
-
-
-def _distinct(draw: Callable[[], Item], count: int) -> list[Item]:
-    """`count` items with different prompts, in the order in which they were drawn."""
+def _held_out(world: World, capability: str, seed: int, count: int) -> list[Item]:
+    """`count` items with different prompts."""
+    rng = random.Random(f"items {capability} {seed}")
+    if capability == "facts":
+        return rng.sample(world.known, count)
     items: dict[str, Item] = {}
     while len(items) < count:
-        item = draw()
+        item = world.draw(capability, rng)
         items.setdefault(item.prompt, item)
     return list(items.values())
 
 
-def _names(count: int, rng: random.Random) -> Sequence[str]:
+def _documents(
+    world: World, domain: str, seed: int, count: int, held_out: Mapping[str, Sequence[Item]]
+) -> list[str]:
+    """`count` texts, none of them with a held-out prompt (but for facts: see the top of this file)."""
+    rng = random.Random(f"documents {domain} {seed}")
+    hidden = {item.prompt for item in held_out.get(domain, ())} if domain != "facts" else set()
+    documents: list[str] = []
+    while len(documents) < count:
+        item = world.draw(domain, rng)
+        if item.prompt not in hidden:
+            documents.append(item.text)
+    return documents
+
+
+def _names(count: int, rng: random.Random) -> list[str]:
     """Distinct invented names of three syllables, such as `zorina`."""
     names: dict[str, None] = {}
     while len(names) < count:

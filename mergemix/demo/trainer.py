@@ -3,51 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from mergemix.demo.settings import Horizon, Shape
 from mergemix.demo.tokenizer import BOS, EOS, PAD, VOCABULARY, encode_document
-
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The tiny Llama: every weight matrix of the full architecture, embeddings tied."""
-
-    layers: int = 3
-    hidden: int = 128
-    intermediate: int = 384
-    heads: int = 4
-    kv_heads: int = 2
-    max_length: int = 256
-
-
-@dataclass(frozen=True)
-class Horizon:
-    """How long and how fast to train.
-
-    learning_rate: constant, but for `warmup` steps of linear rise and, where final_learning_rate is given, a
-    linear fall to it over the second half. batch: sequences a step.
-    """
-
-    steps: int
-    learning_rate: float
-    batch: int
-    final_learning_rate: float | None = None
-    warmup: int = 0
-
-    def rate(self, step: int) -> float:
-        """The learning rate of step 0, 1 ... steps - 1."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        if self.final_learning_rate is None:
-            return self.learning_rate
-        progress = max(0.0, 2 * (step + 1) / self.steps - 1)
-        return self.learning_rate + progress * (self.final_learning_rate - self.learning_rate)
 
 
 class Packed:
@@ -71,37 +32,54 @@ class Packed:
 
 def build_model(shape: Shape, seed: int) -> LlamaForCausalLM:
     """A fresh fp32 model; the same seed gives the same weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     config = LlamaConfig(
-        vocab_size=64 * -(-len(VOCABULARY) // 64), hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        head_dim=shape.hidden // shape.heads, max_position_embeddings=shape.max_length, tie_word_embeddings=True,
-        bos_token_id=VOCABULARY[BOS], eos_token_id=VOCABULARY[EOS], pad_token_id=VOCABULARY[PAD])
+        vocab_size=64 * -(-len(VOCABULARY) // 64),
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.hidden // shape.heads,
+        max_position_embeddings=shape.max_length,
+        tie_word_embeddings=True,
+        bos_token_id=VOCABULARY[BOS],
+        eos_token_id=VOCABULARY[EOS],
+        pad_token_id=VOCABULARY[PAD],
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
 
 
-def mixture_batches(corpora: Mapping[str, Packed], shares: Mapping[str, float], batch: int,
-                    seed: int) -> Iterator[torch.Tensor]:
+def mixture_batches(
+    corpora: Mapping[str, Packed], shares: Mapping[str, float], batch: int, seed: int
+) -> Iterator[torch.Tensor]:
     """Endless batches [batch, length]; each sequence comes from a domain drawn with probability `shares`."""
     names = list(shares)
     generator = torch.Generator().manual_seed(seed)
     probabilities = torch.tensor([shares[name] for name in names])
     while True:
-        counts = torch.multinomial(probabilities, batch, replacement=True, generator=generator).bincount(
-            minlength=len(names)).tolist()
+        counts = (
+            torch.multinomial(probabilities, batch, replacement=True, generator=generator)
+            .bincount(minlength=len(names))
+            .tolist()
+        )
         yield torch.cat([corpora[n].sample(count, generator) for n, count in zip(names, counts, strict=True)])
 
 
-def train(model: LlamaForCausalLM, batches: Iterator[torch.Tensor], horizon: Horizon,
-          progress: Callable[[int, float], None] | None = None) -> list[float]:
+def train(
+    model: LlamaForCausalLM,
+    batches: Iterator[torch.Tensor],
+    horizon: Horizon,
+    progress: Callable[[int, float], None] | None = None,
+) -> list[float]:
     """Train `model` in place with AdamW; returns each step's loss, in nats a token.
 
     The optimiser's settings are those of the paper (section 4.1 there): b1 0.9, b2 0.95, weight decay 0.1.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=horizon.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=horizon.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+    )
     losses = []
     model.train()
     for step in range(horizon.steps):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -25,6 +26,17 @@ class ItemResult:
     item: str
     score: float
     text: str | None
+
+
+class Scored(Protocol):
+    """What statistics need of an item's result, be it an ItemResult or a row of the study's store."""
+
+    @property
+    def benchmark(self) -> str: ...
+    @property
+    def item(self) -> str: ...
+    @property
+    def score(self) -> float: ...
 
 
 class Suite:
@@ -78,7 +90,7 @@ class Suite:
                 results.append(ItemResult(benchmark.name, item.id, score, text))
         return results
 
-    def item_scores(self, results: Iterable[ItemResult]) -> dict[str, np.ndarray]:
+    def item_scores(self, results: Iterable[Scored]) -> dict[str, np.ndarray]:
         """Scores per benchmark, float64 of shape (items,) in suite order, whatever the order of `results`.
 
         Common items stand at the same place for every candidate, so that comparisons can be paired.
@@ -101,7 +113,7 @@ class Suite:
         return hashlib.sha256(digests.encode()).hexdigest()
 
 
-def benchmark_scores(results: Iterable[ItemResult]) -> dict[str, float]:
+def benchmark_scores(results: Iterable[Scored]) -> dict[str, float]:
     """Mean score of each benchmark; the order of the results does not matter."""
     scores: dict[str, list[float]] = {}
     for result in results:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from mergemix.errors import StudyError
+from mergemix.errors import OutputError, StudyError
 from mergemix.evals import stats
 from mergemix.evals.utility import capability_scores
 from mergemix.evidence import Evidence
@@ -54,7 +57,7 @@ def summarize(evidence: Evidence, *, engine: str, stopped: Mapping[str, str]) ->
     utility = evidence.utility
     assert utility is not None, "a complete study has a utility"
     first = [record for record in records if record.repeat == 0]
-    done = [record for record in first if record.status == "done"]
+    done = [record for record in first if record.done]
     best = best_candidate(evidence)
     repeat = evidence.study.find(best.mixture, repeat=1)
     repeated = None if repeat is None else evidence.utility_of(repeat)
@@ -87,6 +90,41 @@ def summarize(evidence: Evidence, *, engine: str, stopped: Mapping[str, str]) ->
     }
 
 
+def compare(evidence: Evidence, named: Mapping[str, CandidateRecord]) -> dict[str, Any]:
+    """Utilities of named candidates on one suite, and how far "best" is ahead of each, with paired intervals."""
+    utility = evidence.utility
+    assert utility is not None, "a complete study has a utility"
+    items = {name: evidence.item_scores(record) for name, record in named.items() if record.done}
+    ahead = {
+        name: stats.paired_difference(utility, items["best"], items[name])
+        for name in items
+        if name != "best" and "best" in items
+    }
+    return {
+        "utility": {name: evidence.utility_of(record) for name, record in named.items()},
+        "gain": {name: {"estimate": d.estimate, "interval": [d.low, d.high]} for name, d in ahead.items()},
+        "items": evidence.suite.num_items,
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write beside, sync, rename. Raises OutputError when the place is full or cannot be written."""
+    beside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}; free space or permissions there and run the same command "
+            "again: every result is stored"
+        ) from error
+
+
 def _baselines(evidence: Evidence, by_mixture: Mapping[Mixture, CandidateRecord]) -> dict[str, float | None]:
     names = next(iter(by_mixture)).names
     found = {}
@@ -99,13 +137,13 @@ def _baselines(evidence: Evidence, by_mixture: Mapping[Mixture, CandidateRecord]
 
 def _costs(evidence: Evidence, records: list[CandidateRecord]) -> dict[str, Any]:
     """Swaps, items and median seconds a candidate, of everything the study paid for, repeats included."""
-    done = [record for record in records if record.status == "done"]
+    done = [record for record in records if record.done]
     generation = [record.timings["generate_s"] for record in done]
     overhead = [record.timings["total_s"] - record.timings["generate_s"] for record in done]
     return {
         "swaps": {
             "count": len(done),
-            "proven": all(record.proven for record in done),
+            "proven": all(record.timings["proven"] for record in done),
             "median_s": statistics.median(record.timings["swap_s"] for record in done),
         },
         "item_evaluations": len(done) * evidence.suite.num_items,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -46,6 +47,31 @@ def run_table(summary: Mapping[str, Any]) -> RenderableType:
         *_costs(summary),
     ]
     return Group(table, Text("\n".join(lines)))
+
+
+def demo_table(summary: Mapping[str, Any], out: Path) -> RenderableType:
+    """The run's answer, what held-out items say of it, and where to look next."""
+    study = out / "study"
+    lines = [
+        "",
+        *_gains(summary["holdout"]),
+        "",
+        "Where to look next:",
+        f"  {study / 'mixture.json'}: this answer    {study / 'study.sqlite'}: all evidence",
+        f"  {out / 'models'}: base and experts    {out / 'benchmarks'}: what they were asked",
+        f"  mergemix items --study {study} --candidate 1 --below -2   what one candidate got wrong",
+        f"  mergemix run --config {out / 'study.yaml'} --budget 60       goes on with this search",
+    ]
+    return Group(run_table(summary), Text("\n".join(lines)))
+
+
+def _gains(holdout: Mapping[str, Any]) -> list[str]:
+    lines = [f"On {holdout['items']} items that the search never saw, the mixture found is"]
+    for name, gain in holdout["gain"].items():
+        low, high = gain["interval"]
+        verdict = "better than" if low > 0 else "worse than" if high < 0 else "not to be told from"
+        lines.append(f"  {verdict} {name}: {gain['estimate']:+.4g}, 95% interval [{low:+.4g}, {high:+.4g}]")
+    return lines
 
 
 def _ties(mixtures: Sequence[Mapping[str, float]]) -> list[str]:

@@ -41,7 +41,8 @@ class Search(ABC):
         if budget < len(self._starts):
             raise ConfigError(
                 f"--budget must cover the {len(self._starts)} start points (uniform, each single expert"
-                f"{', the prior' if prior else ''}), but is {budget}: give --budget {len(self._starts)} or more"
+                f"{', the prior' if prior else ''}), but is {budget}: "
+                f"give --budget {len(self._starts)} or more"
             )
         self.budget = budget
         self.identity: dict[str, object] = {

@@ -11,8 +11,9 @@ from mergemix.mixture import Mixture
 from mergemix.search.base import Search
 from mergemix.search.simplex import UNITS, basis, project, snap
 
-# A quarter to a third of the range is the usual choice, and vertices are about 1 from the centroid. On random
-# quadratics with 3 to 6 experts, 40 to 60 candidates, with and without noise, 0.2 and 0.3 were equal, 0.4 worse.
+# A quarter to a third of the range is the usual choice, and vertices are about 1 from the centroid. On
+# random quadratics (3 to 6 experts, 40 to 60 candidates, with and without noise) 0.2 and 0.3 were equal
+# and 0.4 was worse.
 SIGMA0 = 0.25
 # Generations in a row that repeat known mixtures only, before the search is called converged.
 MAX_REPEATED_GENERATIONS = 50

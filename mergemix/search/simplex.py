@@ -71,7 +71,7 @@ def uniform_sample(names: Sequence[str], rng: np.random.Generator) -> Mixture:
 
 
 def lattice(names: Sequence[str], steps: int) -> Iterator[Mixture]:
-    """All mixtures whose shares are multiples of 1/steps: comb(steps + k - 1, k - 1) of them, vertices first."""
+    """All mixtures whose shares are multiples of 1/steps: comb(steps + k - 1, k - 1) of them."""
     for counts in _compositions(steps, len(names)):
         yield snap(names, np.array(counts) / steps)
 

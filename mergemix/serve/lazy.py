@@ -47,9 +47,7 @@ class LazyMerge(torch.Tensor):
     recorder: Recorder
 
     @staticmethod
-    def __new__(
-        cls, origin: Origin, views: Sequence[torch.Tensor], recorder: Recorder
-    ) -> LazyMerge:
+    def __new__(cls, origin: Origin, views: Sequence[torch.Tensor], recorder: Recorder) -> LazyMerge:
         first = views[0]
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, first.shape, strides=first.stride(), dtype=first.dtype, device=first.device
@@ -61,7 +59,9 @@ class LazyMerge(torch.Tensor):
         self.recorder = recorder
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"LazyMerge({self.origin.name!r}, {tuple(self.shape)}, {self.dtype}, {len(self.views)} operands)"
+        return (
+            f"LazyMerge({self.origin.name!r}, {tuple(self.shape)}, {self.dtype}, {len(self.views)} operands)"
+        )
 
     @classmethod
     def __torch_dispatch__(
@@ -80,11 +80,15 @@ class LazyMerge(torch.Tensor):
             args[1].recorder.copied(args[0], args[1])
             return args[0]
         if _writes_to_lazy(func, args):
-            raise TypeError(f"{func} writes into a checkpoint tensor while it is loaded, which a merge cannot follow")
+            raise TypeError(
+                f"{func} writes into a checkpoint tensor while it is loaded, which a merge cannot follow"
+            )
         if _is_view(func) and isinstance(args[0], LazyMerge):
             outs = [func(view, *args[1:], **kwargs) for view in args[0].views]
             first = outs[0][0] if isinstance(outs[0], (list, tuple)) else outs[0]
-            if first.dtype == args[0].dtype:  # not where bits are read as another type: their sum means nothing
+            if (
+                first.dtype == args[0].dtype
+            ):  # not where bits are read as another type: their sum means nothing
                 return _rewrap(args[0], outs)
 
         def plain(value: Any) -> Any:
@@ -94,7 +98,9 @@ class LazyMerge(torch.Tensor):
 
 
 def _rewrap(lazy: LazyMerge, outs: list[Any]) -> LazyMerge | list[LazyMerge]:
-    wrap: Callable[[Sequence[torch.Tensor]], LazyMerge] = lambda views: LazyMerge(lazy.origin, views, lazy.recorder)  # noqa: E731
+    wrap: Callable[[Sequence[torch.Tensor]], LazyMerge] = lambda views: LazyMerge(
+        lazy.origin, views, lazy.recorder
+    )
     if isinstance(outs[0], (list, tuple)):
         return [wrap(views) for views in zip(*outs, strict=True)]
     return wrap(outs)

@@ -24,7 +24,7 @@ REMEMBERED_REQUESTS = 1 << 17
 
 
 def load_tokenizer(root: Path) -> Any:
-    """The tokenizer in directory `root`; raises CheckpointError when there is none that transformers can load."""
+    """The tokenizer in directory `root`; raises CheckpointError when transformers can load none."""
     from transformers import AutoTokenizer
 
     try:
@@ -34,7 +34,7 @@ def load_tokenizer(root: Path) -> Any:
 
 
 def prefix_token(tokenizer: Any) -> int:
-    """What stands before text that has no context: BOS, else EOS. Raises CheckpointError when there is neither."""
+    """What stands before text without context: BOS, else EOS. CheckpointError when there is neither."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
@@ -44,7 +44,7 @@ def prefix_token(tokenizer: Any) -> int:
 
 
 def end_tokens(root: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end an answer: the tokenizer's EOS and those of generation_config.json (else config.json), sorted."""
+    """Ids that end an answer, sorted: tokenizer EOS and generation_config.json, else config.json."""
     ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     for name in ("generation_config.json", "config.json"):
         if (root / name).is_file():
@@ -99,9 +99,8 @@ class RequestEncoder:
     """Requests to ids that fit the model, remembered across candidates.
 
     What is too long loses tokens on the left: a prompt keeps its last max_model_len - max_tokens tokens, a
-    context with its continuation the last max_model_len - 1 (vLLM always generates one more). The first time a
-    request is cut, a warning is logged. Raises ConfigError when max_tokens is not between 1 and
-    max_model_len - 1.
+    context with its continuation the last max_model_len - 1 (vLLM always generates one more). A warning is
+    logged when a request is first cut. Raises ConfigError when max_tokens is not in [1, max_model_len).
     """
 
     def __init__(self, tokenizer: Any, max_model_len: int) -> None:
@@ -133,3 +132,17 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> str:
     """`text` up to, not including, the first place where any of `stops` begins; empty stops are ignored."""
     places = [text.find(stop) for stop in stops if stop]
     return text[: min((place for place in places if place >= 0), default=len(text))]
+
+
+def decode_answer(tokenizer: Any, prompt: Sequence[int], answer: Sequence[int]) -> str:
+    """Text of the `answer` ids after the `prompt` ids, without special tokens.
+
+    Decoded together with the end of the prompt, as vLLM does: many tokenizers drop a space that a text begins
+    with.
+    """
+    before = list(prompt[-4:])
+    known = tokenizer.decode(before, skip_special_tokens=True)
+    text = tokenizer.decode([*before, *answer], skip_special_tokens=True)
+    return (
+        text[len(known) :] if text.startswith(known) else tokenizer.decode(answer, skip_special_tokens=True)
+    )

@@ -312,3 +312,12 @@ def test_specs_are_files_or_directories(tmp_path: Path) -> None:
         load_benchmarks([str(tmp_path / "none.yaml")])
     with pytest.raises(BenchmarkError, match="at least one benchmark"):
         load_benchmarks([])
+
+
+def test_the_example_in_the_documentation_loads(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
+    for name, content in re.findall(r"`([\w.-]+)`:\n\n```\w+\n(.*?)```", guide, re.DOTALL):
+        (tmp_path / name).write_text(content)
+    first, second = load_benchmark(tmp_path / "arithmetic.yaml").items
+    assert f"```text\n{first.prompt}\n```" in guide
+    assert second.answers == ("3/4", "0.75")

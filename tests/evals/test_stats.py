@@ -12,7 +12,7 @@ Items = dict[str, np.ndarray]
 def pair(
     rng: np.random.Generator, gain: float = 0.0, sizes: tuple[int, int] = (80, 40)
 ) -> tuple[Items, Items]:
-    """Two candidates on common items; they vary much in difficulty, candidates by `gain` and a little noise."""
+    """Two candidates on common items; items vary much, candidates by `gain` and a little noise."""
     a, b = {}, {}
     for name, size in zip(UTILITY.weights, sizes, strict=True):
         difficulty = rng.normal(0, 3, size)

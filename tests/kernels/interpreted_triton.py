@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton.runtime.interpreter import InterpretedFunction
-
 from kernel_samples import DTYPES, any_bits, assert_same_bits, numbers, poisoned, weight_lists
 from mergemix_kernels import reference, triton_kernels
+from triton.runtime.interpreter import InterpretedFunction
 
 TILE = triton_kernels.TILE_ELEMENTS
+COUNTS = [0, 1, 7, TILE - 1, TILE, TILE + 1, 3 * TILE + 5]
 
 
 def run(groups: list[list[torch.Tensor]], weights: list[float]) -> list[torch.Tensor]:
@@ -30,7 +30,7 @@ def test_this_process_interprets():
 @given(
     weights=weight_lists(6),
     shapes=st.lists(
-        st.tuples(st.sampled_from([0, 1, 7, TILE - 1, TILE, TILE + 1, 3 * TILE + 5]), st.sampled_from(list(DTYPES))),
+        st.tuples(st.sampled_from(COUNTS), st.sampled_from(list(DTYPES))),
         min_size=1,
         max_size=4,
     ),

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from kernel_samples import DTYPES, any_bits, as_array, assert_same_bits, numbers, poisoned, weight_lists
 from mergemix_kernels import cpu, reference
 
@@ -44,7 +43,7 @@ def test_64_sources(dtype):
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_one_hot_weights_give_every_bit_pattern_back(dtype, position):
     patterns = torch.from_numpy(np.arange(1 << 16, dtype=np.uint16)).view(DTYPES[dtype])
-    sources = [any_bits(DTYPES[dtype], 1 << 16, 1), any_bits(DTYPES[dtype], 1 << 16, 2), any_bits(DTYPES[dtype], 1 << 16, 3)]
+    sources = [any_bits(DTYPES[dtype], 1 << 16, seed) for seed in range(3)]
     sources[position] = patterns
     weights = [0.0, 0.0, 0.0]
     weights[position] = 1.0
@@ -63,8 +62,7 @@ def test_every_rounding_case(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_subnormals_survive_a_caller_that_flushes_them(dtype):
-    source = as_array(numbers(DTYPES[dtype], 1000, 0)) // 1 if dtype == "F32" else as_array(numbers(DTYPES[dtype], 1000, 0)) & 0x7F
-    tiny = np.arange(1, 128, dtype=np.uint32).view(np.float32) if dtype == "F32" else source.astype(np.uint16)
+    tiny = np.arange(1, 128, dtype=np.uint32 if dtype == "F32" else np.uint16).view(cpu.numpy_dtype(dtype))
     out = np.zeros_like(tiny)
     assert torch.set_flush_denormal(True)
     try:
@@ -107,7 +105,8 @@ def test_sources_of_weight_zero_are_absent():
     ],
 )
 def test_refuses(change, message):
-    call = {"sources": [np.zeros(4, np.uint16)] * 2, "weights": [0.5, 0.5], "out": np.ones(4, np.uint16), "dtype": "BF16"}
+    call = {"sources": [np.zeros(4, np.uint16)] * 2, "weights": [0.5, 0.5]}
+    call |= {"out": np.ones(4, np.uint16), "dtype": "BF16"}
     with pytest.raises(ValueError, match=message):
         cpu.weighted_sum(**(call | change))
 
@@ -139,12 +138,14 @@ def test_bitwise_equal_tells_zeros_apart_and_nan_from_nothing():
 
 def test_all_finite_takes_the_largest_numbers():
     for dtype, torch_dtype in DTYPES.items():
-        assert cpu.all_finite(as_array(torch.full((9,), torch.finfo(torch_dtype).min, dtype=torch_dtype)), dtype)
+        lowest = torch.full((9,), torch.finfo(torch_dtype).min, dtype=torch_dtype)
+        assert cpu.all_finite(as_array(lowest), dtype)
 
 
 def _sum_in_child(queue) -> None:
     sources = [numbers(DTYPES["BF16"], 300_000, seed) for seed in range(3)]
-    queue.put(torch.equal(run(sources, [0.2, 0.3, 0.5], "BF16"), reference.weighted_sum(sources, [0.2, 0.3, 0.5])))
+    weights = [0.2, 0.3, 0.5]
+    queue.put(torch.equal(run(sources, weights, "BF16"), reference.weighted_sum(sources, weights)))
 
 
 def test_works_in_a_forked_child_of_a_process_that_used_its_threads(monkeypatch):

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-IGNORED = ".loc|//"
-
 
 def test_in_the_interpreter():
     here = Path(__file__).parent
@@ -26,22 +24,21 @@ def test_in_the_interpreter():
     assert "skipped" not in finished.stdout
 
 
-def compile_to_ptx(capability: int, element: str, hint: int, source_count: int) -> str:
+def compile_to_ptx(capability: int, element: str, hint: int) -> str:
     import triton
     import triton.language as tl
+    from mergemix_kernels import triton_kernels
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mergemix_kernels import triton_kernels
-
     constants = {
-        "K": source_count,
         "ELEMENT": getattr(tl, element),
         "HINT": hint,
         "TILE": triton_kernels.TILE_ELEMENTS,
     }
-    pointers = {"table": "*i64", "tile_group": "*i32", "tile_index": "*i32", "weights": "*fp32", "order": "*i32"}
-    signature = pointers | {"active": "i32"} | dict.fromkeys(constants, "constexpr")
+    arguments = {"table": "*i64", "row_length": "i32", "tile_group": "*i32", "tile_index": "*i32"}
+    arguments |= {"weights": "*fp32", "order": "*i32", "active": "i32"}
+    signature = arguments | dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=triton_kernels.weighted_sum_kernel, signature=signature, constexprs=constants)
     options = {"num_warps": triton_kernels.NUM_WARPS, "enable_fp_fusion": False}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
@@ -50,10 +47,10 @@ def compile_to_ptx(capability: int, element: str, hint: int, source_count: int) 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("element", ["uint16", "float16", "float32"])
 def test_machine_code(capability, element):
-    aligned = compile_to_ptx(capability, element, 16, source_count=5)
+    aligned = compile_to_ptx(capability, element, 16)
     assert re.search(r"ld\.global\S*\.v4\.b32", aligned), "16-byte loads"
     assert re.search(r"st\.global\S*\.v4\.b32", aligned), "16-byte stores"
-    unaligned = compile_to_ptx(capability, element, 4 if element == "float32" else 2, source_count=5)
+    unaligned = compile_to_ptx(capability, element, 4 if element == "float32" else 2)
     assert not re.search(r"(ld|st)\.global\S*\.v[248]", unaligned), "a wide access would fault"
     for ptx in (aligned, unaligned):
         assert "fma.rn.f32" not in ptx
@@ -65,10 +62,3 @@ def test_machine_code(capability, element):
         assert all(register.startswith("%rd") for register in addresses)
         # tile_index * TILE, which passes 2**31 in tensors of more elements than that
         assert re.search(r"(mul\.wide\.s32|shl\.b64)\s+%rd", ptx)
-
-
-@pytest.mark.parametrize("source_count", [1, 2, 64])
-def test_any_number_of_sources_is_the_same_loop(source_count):
-    ptx = compile_to_ptx(90, "uint16", 16, source_count)
-    vector_loads = len(re.findall(r"ld\.global\S*\.v4\.b32", ptx))
-    assert vector_loads == len(re.findall(r"ld\.global\S*\.v4\.b32", compile_to_ptx(90, "uint16", 16, 5)))

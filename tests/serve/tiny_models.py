@@ -55,7 +55,7 @@ def tiny_tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
         ("ab", "c"),
     ]
     tokens = ["<s>", "</s>", "<pad>", "<unk>", *characters, *("".join(pair) for pair in merges)]
-    # Tokens no text is encoded to, but that the model may say: every id below VOCAB_SIZE decodes to something.
+    # No text is encoded to these, but the model may say them: every id decodes to something.
     tokens += [f"q{letter}" for letter in string.ascii_lowercase[: VOCAB_SIZE - len(tokens)]]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))

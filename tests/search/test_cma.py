@@ -1,0 +1,95 @@
+"""CMA-ES finds optima inside the simplex, on its faces and at its vertices."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from mergemix.mixture import Mixture
+from mergemix.search import open_search
+from tests.search.conformance import drive
+
+SEEDS = range(7)
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """score(x) = -(x - peak)^T H (x - peak) with H positive definite; `best` is its maximum on the simplex."""
+
+    hessian: np.ndarray
+    peak: np.ndarray
+    best: np.ndarray
+
+    @classmethod
+    def random(cls, k: int, where: str, seed: int) -> "Quadratic":
+        rng = np.random.default_rng([k, seed])
+        factor = rng.normal(size=(k, k))
+        hessian = factor @ factor.T / k + 0.2 * np.eye(k)
+        best = rng.dirichlet(np.full(k, 3.0))
+        if where == "face":
+            best[-1] = 0.0
+            best /= best.sum()
+        if where == "vertex":
+            best = np.eye(k)[0]
+        # The gradient at `best`, 2 H (peak - best), is zero for shares that are in use and negative for the
+        # others: the optimality conditions of the simplex, so that the unconstrained peak lies outside.
+        gradient = np.where(best > 0, 0.0, -0.4)
+        return cls(hessian, best + np.linalg.solve(hessian, gradient / 2), best)
+
+    def __call__(self, mixture: Mixture) -> float:
+        return self.value(np.array(mixture.weights))
+
+    def value(self, shares: np.ndarray) -> float:
+        return -float((shares - self.peak) @ self.hessian @ (shares - self.peak))
+
+    def regret(self, mixtures: list[Mixture]) -> float:
+        return self.value(self.best) - max(map(self, mixtures))
+
+
+def median_regret(kind: str, k: int, where: str, budget: int) -> float:
+    regrets = []
+    for seed in SEEDS:
+        quadratic = Quadratic.random(k, where, seed)
+        search = open_search(kind, tuple("abcdef"[:k]), budget=budget, seed=seed)
+        regrets.append(quadratic.regret(drive(search, quadratic)))
+    return float(np.median(regrets))
+
+
+@pytest.mark.parametrize("k", [3, 4, 5, 6])
+@pytest.mark.parametrize("where", ["inside", "face"])
+def test_cma_beats_random_search(k, where):
+    budget = 25 * k
+    cma, random = (median_regret(kind, k, where, budget) for kind in ("cma", "random"))
+    assert cma < random
+    assert cma < 0.01
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 5, 6])
+def test_cma_settles_at_a_vertex(k):
+    """The vertex is a start point; what counts is that the samples end up on it and the search says so."""
+    names = tuple("abcdef"[:k])
+    for seed in SEEDS:
+        quadratic = Quadratic.random(k, "vertex", seed)
+        search = open_search("cma", names, budget=400, seed=seed)
+        proposed = drive(search, quadratic)
+        assert "budget" not in search.stop()
+        assert quadratic.regret(proposed) == 0.0
+        np.testing.assert_allclose(
+            np.mean([m.weights for m in proposed[-5:]], axis=0), np.eye(k)[0], atol=0.02
+        )
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_cma_converges_and_says_so(k):
+    for seed in SEEDS:
+        quadratic = Quadratic.random(k, "inside", seed)
+        search = open_search("cma", tuple("abcdef"[:k]), budget=1000, seed=seed)
+        assert quadratic.regret(drive(search, quadratic)) < 1e-6
+        assert "budget" not in search.stop()
+
+
+def test_cma_reaches_faces_exactly():
+    names = tuple("abcd")
+    quadratic = Quadratic.random(4, "face", 0)
+    proposed = drive(open_search("cma", names, budget=120), quadratic)
+    assert sum(mixture.weights[-1] == 0.0 for mixture in proposed[-20:]) >= 10

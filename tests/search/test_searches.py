@@ -1,0 +1,70 @@
+"""The searches that exist, held to the protocol, and what is special about each."""
+
+import math
+
+import numpy as np
+import pytest
+
+from mergemix.errors import ConfigError
+from mergemix.mixture import Mixture
+from mergemix.search import SEARCHES, open_search
+from mergemix.search.simplex import lattice
+from tests.search.conformance import NAMES, SearchConformance, drive
+
+
+class TestCma(SearchConformance):
+    kind = "cma"
+
+
+class TestRandom(SearchConformance):
+    kind = "random"
+
+    def test_the_budget_is_used_exactly(self):
+        assert len(drive(self.open(budget=123))) == 123
+
+    def test_it_ends_when_the_simplex_is_exhausted(self):
+        search = self.open(budget=20_000, names=("a", "b"))
+        assert len(drive(search)) <= 10_001
+        assert "exhausted" in search.stop()
+
+
+class TestGrid(SearchConformance):
+    kind = "grid"
+    seeded = False
+    continues = False
+
+    @pytest.mark.parametrize("budget", [5, 10, 11, 20, 36, 100, 300])
+    def test_the_finest_lattice_that_fits_is_evaluated_whole(self, budget):
+        search = self.open(budget=budget)
+        proposed = set(drive(search))
+        steps = search.identity["grid_steps"]
+        assert proposed >= set(lattice(NAMES, steps))
+        finer = set(lattice(NAMES, steps + 1)) | {Mixture.uniform(NAMES)}
+        assert len(finer) > budget
+
+    def test_it_ends_when_the_lattice_is_done(self):
+        search = self.open(budget=34)
+        assert len(drive(search)) == math.comb(4 + 3, 3) - 15 + 1 == 21  # step 1/3 and uniform
+        assert "1/3" in search.stop()["grid"]
+
+
+def test_every_search_has_a_conformance_class():
+    tested = {cls.kind for cls in SearchConformance.__subclasses__()}
+    assert tested == set(SEARCHES)
+
+
+def test_an_unknown_search_is_refused():
+    with pytest.raises(ConfigError, match="one of cma, random, grid, but is 'annealing'"):
+        open_search("annealing", NAMES, budget=10)
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(ConfigError, match="--seed must be an integer >= 0, but is -1"):
+        open_search("cma", NAMES, budget=10, seed=-1)
+
+
+def test_cma_uses_its_budget_on_a_noisy_score():
+    rng = np.random.default_rng(0)
+    search = open_search("cma", NAMES, budget=150)
+    assert len(drive(search, lambda mixture: mixture.weights[0] + rng.normal())) == 150
+    assert list(search.stop()) == ["budget"]
