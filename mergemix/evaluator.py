@@ -40,29 +40,29 @@ class LocalEvaluator:
 
     def evaluate(self, mixtures: Sequence[Mixture], suite: Suite) -> Iterator[Evaluation]:
         for mixture in mixtures:
-            try:
-                yield self._evaluate_once(mixture, suite)
-            except EngineError:
+            evaluation = self._attempt(mixture, suite)
+            if evaluation.failure is not None:
                 self.close()
-                yield self._evaluate_again(mixture, suite)
+                evaluation = self._attempt(mixture, suite)
+            if evaluation.failure is not None:
+                self.close()
+            yield evaluation
 
-    def _evaluate_again(self, mixture: Mixture, suite: Suite) -> Evaluation:
-        self._ready()  # outside the try: an engine that cannot start again ends the run
+    def _attempt(self, mixture: Mixture, suite: Suite) -> Evaluation:
+        engine = self._ready()  # outside the try: an engine that cannot start ends the run
         try:
-            return self._evaluate_once(mixture, suite)
+            swap = engine.apply(mixture)
+            start = time.perf_counter()
+            outputs = engine.submit(suite.requests)
+            answered = time.perf_counter()
+            results = suite.score(outputs)
         except EngineError as error:
-            self.close()
-            return Evaluation(mixture, (), {}, proven=False, failure=str(error))
-
-    def _evaluate_once(self, mixture: Mixture, suite: Suite) -> Evaluation:
-        engine = self._ready()
-        swap = engine.apply(mixture)
-        start = time.perf_counter()
-        outputs = engine.submit(suite.requests)
-        answered = time.perf_counter()
-        results = suite.score(outputs)
-        scored = time.perf_counter()
-        timings = {"swap_s": swap.seconds, "generate_s": answered - start, "score_s": scored - answered}
+            return Evaluation(mixture, (), {}, proven=engine.proven, failure=str(error))
+        timings = {
+            "swap_s": swap.seconds,
+            "generate_s": answered - start,
+            "score_s": time.perf_counter() - answered,
+        }
         return Evaluation(mixture, tuple(results), timings, proven=engine.proven)
 
     def _ready(self) -> Engine:

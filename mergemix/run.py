@@ -54,6 +54,8 @@ def run(config: RunConfig, observer: Observer | None = None) -> dict[str, Any]:
         LocalEvaluator(lambda: open_engine(spec, uniform)) as pool,
     ):
         evidence = Evidence(study, suite, pool, observer, expected=config.budget)
+        if config.normalize == "raw":
+            evidence.utility = _utility(config, suite, {})  # known at once, so that progress shows it
         observer.stage("scoring the baselines")
         references = evidence.collect(list(baselines.values()), origin="baseline")
         evidence.utility = _utility(config, suite, dict(zip(baselines, references, strict=True)))

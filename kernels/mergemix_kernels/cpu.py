@@ -98,7 +98,7 @@ def _store_rounded(typing_context, out, address, index, value):
         # The carry would turn a NaN into Inf or into zero: its upper half is kept, made quiet.
         quiet = builder.or_(bits, ir.Constant(word, 0x400000))
         is_nan = builder.fcmp_unordered("uno", value, value)
-        upper = builder.lshr(rounded, sixteen)
+        upper = builder.lshr(builder.select(is_nan, quiet, rounded), sixteen)
         return builder.trunc(upper, ir.IntType(16))
 
     def generate(context, builder, signature, arguments):

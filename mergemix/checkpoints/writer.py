@@ -111,16 +111,16 @@ class DirectoryWriter:
         check_output(self.out)
         self._remove_leftovers()
         with self._translated():
+            os.mkdir(self.path)
+            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            with suppress(OSError):  # some network file systems have no locks: the process id then has to do
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             free_bytes = shutil.disk_usage(self.out.parent).free
             if free_bytes < nbytes:
                 raise OutputError(
                     f"{self.out} needs {nbytes} bytes, but only {free_bytes} are free on its disk; "
                     "free some space or give a directory on another disk"
                 )
-            os.mkdir(self.path)
-            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-            with suppress(OSError):  # some network file systems have no locks: the process id then has to do
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
         """Write all of `data` at `offset` of the file `name`, in any order; a range may be written again."""
@@ -175,7 +175,7 @@ class DirectoryWriter:
         prefix = f".{self.out.name}.tmp-"
         for found in self.out.parent.glob(glob.escape(prefix) + "*"):
             pid = found.name.removeprefix(prefix)
-            if pid.isdecimal() and not _is_alive(int(pid)) and not _is_locked(found):
+            if pid.isdecimal() and not _is_other_process(int(pid)) and not _is_locked(found):
                 shutil.rmtree(found, ignore_errors=True)
 
     @contextmanager
@@ -190,14 +190,15 @@ class DirectoryWriter:
             ) from error
 
 
-def _is_alive(pid: int) -> bool:
+def _is_other_process(pid: int) -> bool:
+    """Whether a process other than this one has the id. In containers every run may get the same id."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):  # another user's process; a number that is no process id
         return True
-    return True
+    return pid != os.getpid()
 
 
 def _is_locked(directory: Path) -> bool:

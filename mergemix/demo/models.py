@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM
+from transformers.utils import logging
 
+from mergemix.checkpoints.files import SINGLE_NAME
 from mergemix.checkpoints.writer import DirectoryWriter
 from mergemix.demo.corpora import Corpora
 from mergemix.demo.settings import GENERAL, Horizon, Settings
@@ -68,7 +71,7 @@ class ModelFamily:
         origin = {"base": self.training["base"]["origin"], "domain": domain, "general_sequences": general}
 
         def start() -> tuple[LlamaForCausalLM, Iterator[torch.Tensor]]:
-            model = LlamaForCausalLM.from_pretrained(self.directory / "base", dtype=torch.float32)
+            model = _load(self.directory / "base")
             own = settings.expert.batch - general
             parts = (
                 mixture_batches(self._packed, GENERAL, general, seed=settings.seed + 1),
@@ -110,7 +113,8 @@ class ModelFamily:
                 self.progress(f"training {name}: step {step} of {horizon.steps}, loss {loss:.3f}")
 
         begin = time.perf_counter()
-        losses = train(model, batches, horizon, report)
+        with _threads(self.settings.threads):
+            losses = train(model, batches, horizon, report)
         edge = max(1, horizon.steps // 10)
         return {
             **asdict(horizon),
@@ -125,7 +129,7 @@ class ModelFamily:
 def _save(model: LlamaForCausalLM, record: dict[str, Any], path: Path) -> None:
     """Write a bf16 checkpoint with its tokenizer and record; it replaces what is at `path`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _no_bars():
         model.to(torch.bfloat16).save_pretrained(folder)
         build_tokenizer(model.config.max_position_embeddings).save_pretrained(folder)
         (Path(folder) / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -141,11 +145,41 @@ def _save(model: LlamaForCausalLM, record: dict[str, Any], path: Path) -> None:
         writer.discard()
 
 
-def _read_record(path: Path) -> dict[str, Any] | None:
+def _load(path: Path) -> LlamaForCausalLM:
+    with _no_bars():
+        model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        return json.loads((path / RECORD).read_text())
-    except (OSError, json.JSONDecodeError):
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep transformers from drawing progress bars over ours."""
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """The record of a model that is there, else None."""
+    if not (path / SINGLE_NAME).is_file() or not (path / RECORD).is_file():
         return None
+    record: dict[str, Any] = json.loads((path / RECORD).read_text())
+    return record
 
 
 def _digest(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 # What the base has read, and what fills half of every expert's batches: a crawl, with its share of spam.
@@ -61,6 +62,7 @@ class Settings:
     base: Horizon = Horizon(steps=700, batch=32, learning_rate=2e-3, final_learning_rate=4e-4, warmup=50)
     expert: Horizon = Horizon(steps=60, batch=32, learning_rate=2e-4)
     general_share: float = 0.5
+    threads: int = min(4, os.cpu_count() or 1)  # matrices this small gain nothing from more
 
     @classmethod
     def quick(cls, seed: int) -> Settings:
@@ -72,5 +74,6 @@ class Settings:
             people=20,
             shape=Shape(layers=2, hidden=64, intermediate=128, heads=2, kv_heads=1),
             base=Horizon(steps=60, batch=16, learning_rate=3e-3, final_learning_rate=4e-4, warmup=10),
-            expert=Horizon(steps=10, batch=16, learning_rate=4e-4),
+            expert=Horizon(steps=20, batch=16, learning_rate=1e-3),
+            threads=1,
         )

@@ -55,7 +55,7 @@ class RunProgress:
             f"generation {timings.get('generate_s', 0.0):.1f} s",
             f"about {_duration(left)} left",
         ]
-        if self._best is not None:
+        if utility is not None:
             parts.insert(0, f"best {self._best:.4g}")
         score = "" if utility is None else f" = {utility:.4g}"
         if self.console.is_terminal:

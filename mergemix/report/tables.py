@@ -43,10 +43,11 @@ def run_table(summary: Mapping[str, Any]) -> RenderableType:
         f"Best mixture: {shares(best['mixture'])}",
         f"  utility {best['utility']:.4g}, 95% interval over items [{low:.4g}, {high:.4g}]; "
         f"noise floor {_number(summary['noise_floor'])} (the same mixture evaluated twice)",
+        *_warnings(summary),
         *_ties(summary["indistinguishable"]),
         *_costs(summary),
     ]
-    return Group(table, Text("\n".join(lines)))
+    return Group(table, Text("\n".join(lines), overflow="fold"))
 
 
 def demo_table(summary: Mapping[str, Any], out: Path) -> RenderableType:
@@ -72,6 +73,13 @@ def _gains(holdout: Mapping[str, Any]) -> list[str]:
         verdict = "better than" if low > 0 else "worse than" if high < 0 else "not to be told from"
         lines.append(f"  {verdict} {name}: {gain['estimate']:+.4g}, 95% interval [{low:+.4g}, {high:+.4g}]")
     return lines
+
+
+def _warnings(summary: Mapping[str, Any]) -> list[str]:
+    base = summary["baselines"].get("base")
+    if base is None or base <= summary["best"]["utility"]:
+        return []
+    return ["The base scores higher than every mixture: the experts harm what these benchmarks measure."]
 
 
 def _ties(mixtures: Sequence[Mapping[str, float]]) -> list[str]:

@@ -50,7 +50,7 @@ class Search(ABC):
             "seed": seed,
             "prior": None if prior is None else prior.as_dict(),
         }
-        self._batch: list[Mixture] = []
+        self._waiting: dict[Mixture, None] = {}  # asked and not told, in the order of proposal
         self._scores: dict[Mixture, float | None] = {}
         self._reasons: dict[str, str] = {}
 
@@ -59,10 +59,10 @@ class Search(ABC):
 
         Asking again before telling gives the same ones. Empty exactly when the search has stopped.
         """
-        if not self._batch and not self.stop():
+        if not self._waiting and not self.stop():
             batch = self._propose() if self._scores else self._starts
-            self._batch = batch[: self.budget - len(self._scores)]
-        return [mixture for mixture in self._batch if mixture not in self._scores]
+            self._waiting = dict.fromkeys(batch[: self.budget - len(self._scores)])
+        return list(self._waiting)
 
     def tell(self, results: Sequence[tuple[Mixture, float | None]]) -> None:
         """Report scores (higher is better) of asked mixtures; None is a failed candidate, as is NaN or Inf.
@@ -70,11 +70,10 @@ class Search(ABC):
         Raises ValueError for a mixture that is not waiting for a result.
         """
         for mixture, score in results:
-            if mixture not in self._batch or mixture in self._scores:
+            if mixture not in self._waiting:
                 raise ValueError(f"told a mixture that is not waiting for a result: {mixture}")
+            del self._waiting[mixture]
             self._scores[mixture] = score if score is not None and math.isfinite(score) else None
-        if self._batch and all(mixture in self._scores for mixture in self._batch):
-            self._batch = []
 
     def stop(self) -> dict[str, str]:
         """Why the search is over, by reason; empty while it goes on."""

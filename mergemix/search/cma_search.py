@@ -53,7 +53,9 @@ class CmaSearch(Search):
             self._tell_generation()
         for _ in range(MAX_REPEATED_GENERATIONS):
             if stopped := self._strategy.stop():
-                self._reasons = {reason: f"CMA-ES stopped at {value}" for reason, value in stopped.items()}
+                self._reasons = {
+                    name: f"CMA-ES met its criterion {name} = {value}" for name, value in stopped.items()
+                }
                 return []
             self._generation = [self._candidate(sample) for sample in self._strategy.ask()]
             mixtures = dict.fromkeys(mixture for _, mixture, _ in self._generation)
@@ -75,6 +77,10 @@ class CmaSearch(Search):
             "randn": lambda *shape: self._rng.standard_normal(shape),
             "seed": np.nan,
             "tolx": 0.5 / UNITS,  # below half a step of the grid, proposals only repeat
+            # Scores have no natural unit, and accuracies on few items are often equal: neither is convergence.
+            "tolfun": 0,
+            "tolfunhist": 0,
+            "tolflatfitness": 10,
             "verbose": -9,
             "signals_filename": "",  # would read options from a file in the working directory
         }

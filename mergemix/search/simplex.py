@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mergemix.errors import ConfigError
-from mergemix.mixture import Mixture
+from mergemix.mixture import SUM_TOLERANCE, Mixture
 
 # Proposals are whole ten-thousandths. Finer differences are far below what any benchmark resolves,
 # and on a grid a repeated proposal is recognised as one.
@@ -35,6 +35,7 @@ def project(shares: np.ndarray) -> np.ndarray:
     Sort-based: Held, Wolfe & Crowder 1974; Duchi et al., ICML 2008, figure 1. Whole faces and vertices
     are the nearest point of sets of positive volume, so a normal sample reaches the boundary.
     """
+    shares = shares - shares.max()  # changes nothing but the rounding, however far away the point is
     descending = np.sort(shares)[::-1]
     excess = (np.cumsum(descending) - 1.0) / np.arange(1, len(shares) + 1)
     support = np.flatnonzero(descending > excess)[-1]
@@ -46,23 +47,19 @@ def snap(names: Sequence[str], shares: Sequence[float] | np.ndarray) -> Mixture:
 
     Largest remainder; ties go to the earlier expert. Each weight is the float nearest to n/10000, whose
     shortest text is at most four decimals: it survives JSON and being typed again as --weights. The one
-    exception is the cell of the centroid, which is Mixture.uniform(names), so that "uniform" is one
-    mixture and not two. Raises ValueError when the shares are negative or do not sum to 1.
+    exception is what rounds to within one unit of the centroid, which is Mixture.uniform(names), so that
+    "uniform" is one mixture and not one of several. Raises ValueError when the shares are negative or do
+    not sum to 1.
     """
-    units = _round_to_units(np.asarray(shares, dtype=np.float64))
-    if units == _round_to_units(np.full(len(names), 1.0 / len(names))):
-        return Mixture.uniform(names)
-    return Mixture(tuple(names), tuple(n / UNITS for n in units))
-
-
-def _round_to_units(shares: np.ndarray) -> list[int]:
-    scaled = shares * UNITS
+    scaled = np.asarray(shares, dtype=np.float64) * UNITS
+    if not (scaled.min() >= 0 and abs(scaled.sum() - UNITS) < SUM_TOLERANCE * UNITS):
+        raise ValueError(f"shares must be >= 0 and sum to 1, but got {list(shares)}")
     units = np.floor(scaled).astype(np.int64)
     rest = UNITS - int(units.sum())
-    if not 0 <= rest <= len(shares) or (units < 0).any():
-        raise ValueError(f"shares must be >= 0 and sum to 1, but got {shares.tolist()}")
     units[np.argsort(units - scaled, kind="stable")[:rest]] += 1
-    return [int(n) for n in units]
+    if (np.abs(units - UNITS / len(names)) < 1).all():
+        return Mixture.uniform(names)
+    return Mixture(tuple(names), tuple(int(n) / UNITS for n in units))
 
 
 def uniform_sample(names: Sequence[str], rng: np.random.Generator) -> Mixture:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,16 +58,11 @@ class HfEngine(Engine):
 
     def __init__(self, spec: EngineSpec, initial: Mixture) -> None:
         """Load `initial`. Raises EngineError when transformers cannot, and what plan_merge and stream raise."""
-        from transformers import AutoConfig
-
         self._family = spec.family
         root = spec.family.template.root
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         plan = plan_merge(spec.family, initial)
-        try:
-            self._config = AutoConfig.from_pretrained(str(root))
-        except (OSError, ValueError, KeyError) as error:
-            raise EngineError(f"transformers cannot use {root}: {error}") from error
+        self._config, self._model_class = _architecture(root)
         self._tokenizer = load_tokenizer(root)
         self._ends = end_tokens(root, self._tokenizer)
         self._encoder = RequestEncoder(self._tokenizer, _max_model_len(self._config, spec.max_model_len))
@@ -135,12 +131,12 @@ class HfEngine(Engine):
 
         The model takes the tensors that it need not convert as its parameters, so they are never used again.
         """
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import GenerationConfig
 
         staged = {task.name: torch.empty(task.shape, dtype=TORCH_DTYPES[task.dtype]) for task in plan.tasks}
         stream(plan, _sink({name: _bytes_of(tensor) for name, tensor in staged.items()}))
         with _no_progress_bar():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = self._model_class.from_pretrained(
                 None, config=self._config, state_dict=dict(staged), output_loading_info=True
             )
         absent = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
@@ -149,6 +145,18 @@ class HfEngine(Engine):
         model.generation_config = GenerationConfig()  # the checkpoint's may sample, or penalise repetition
         self._model = model.to(self._device)
         return staged
+
+
+def _architecture(root: Path) -> tuple[Any, Any]:
+    """transformers' configuration of the checkpoint and its class for it; EngineError when it has none."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(str(root))
+        with torch.device("meta"):
+            return config, type(AutoModelForCausalLM.from_config(config))
+    except (OSError, ValueError, KeyError) as error:
+        raise EngineError(f"transformers has no causal language model for {root}: {error}") from error
 
 
 def _max_model_len(config: Any, wanted: int | None) -> int:

@@ -173,15 +173,17 @@ class SearchConformance:
         assert self.open(seed=1).identity != self.open(seed=2).identity
 
     def test_a_budget_below_the_start_points_is_refused(self):
-        with pytest.raises(ConfigError, match="--budget must cover the 5 start points.*but is 4.*--budget 5"):
+        with pytest.raises(
+            ConfigError, match=r"--budget must cover the 5 start points.*but is 4.*--budget 5"
+        ):
             self.open(budget=4)
-        with pytest.raises(ConfigError, match="6 start points.*the prior"):
+        with pytest.raises(ConfigError, match=r"6 start points.*the prior"):
             self.open(budget=5, prior=PRIOR)
 
     def test_one_expert_is_refused(self):
-        with pytest.raises(ConfigError, match="at least two experts.*got 1"):
+        with pytest.raises(ConfigError, match=r"at least two experts.*got 1"):
             self.open(names=("math",))
-        with pytest.raises(ConfigError, match="at least two experts.*got 0"):
+        with pytest.raises(ConfigError, match=r"at least two experts.*got 0"):
             self.open(names=())
 
     def test_nothing_is_printed_or_written(self, tmp_path, monkeypatch, capfd):

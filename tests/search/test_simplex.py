@@ -45,6 +45,12 @@ def test_projection_is_the_nearest_point_of_the_simplex(shares):
     assert ((shares - projected) @ (np.eye(len(shares)) - projected).T <= 1e-9).all()
 
 
+@pytest.mark.parametrize("far", [1e3, 1e9, 1e300])
+def test_projection_is_exact_far_away(far):
+    np.testing.assert_array_equal(project(np.array([far, -far, 0.0])), [1.0, 0.0, 0.0])
+    np.testing.assert_array_equal(project(np.array([far, far, -far])), [0.5, 0.5, 0.0])
+
+
 def test_projection_keeps_mixtures_and_reaches_faces_and_vertices():
     np.testing.assert_allclose(project(np.array([0.2, 0.3, 0.5])), [0.2, 0.3, 0.5], atol=1e-15)
     np.testing.assert_array_equal(project(np.array([0.75, 0.75, -0.5])), [0.5, 0.5, 0.0])

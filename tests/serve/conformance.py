@@ -113,7 +113,7 @@ class Reference:
         return found
 
     def greedy_pairs(self) -> list[tuple[str, str]]:
-        """Contexts with their clearly most probable next token, where a pair is encoded as just that token."""
+        """Contexts with their clearly most probable next token, where the pair is encoded as that token."""
         pairs = []
         for prompt, answer in self.stable(max_tokens=1).items():
             ids = encode_prompt(self.tokenizer, prompt)
@@ -133,7 +133,7 @@ class Reference:
 
 
 def mixtures_in_mixed_order(names: tuple[str, ...]) -> list[Mixture]:
-    """For three experts: corner, inside, corner, part base, base, outside the simplex, and the first again."""
+    """For three experts: corner, inside, corner, part base, base, outside the simplex, first again."""
     weights = [(1, 0, 0), (0.2, 0.5, 0.3), (0, 0, 1), (0.5, 0.1, 0.1), (0, 0, 0), (1.2, -0.3, 0.1), (1, 0, 0)]
     return [Mixture(names, tuple(map(float, each))) for each in weights]
 
@@ -147,32 +147,37 @@ class EngineConformance:
     arch: Arch
 
     @pytest.fixture(scope="class")
-    def make_engine(self) -> StartEngine:
+    @classmethod
+    def make_engine(cls) -> StartEngine:
         raise NotImplementedError("a subclass says how its engine is started")
 
     def break_swap(self, engine: Engine, paths: dict[str, Path]) -> None:
-        """See to it that the engine's next apply() fails halfway. Here: the last expert's file loses its end."""
+        """Make the engine's next apply() fail halfway. Here: the last expert's file loses its second half."""
         shard = list(paths.values())[-1] / "model.safetensors"
         with shard.open("r+b") as file:
             file.truncate(shard.stat().st_size // 2)
 
     @pytest.fixture(scope="class")
-    def paths(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-        return make_family(tmp_path_factory.mktemp(self.arch), self.arch)
+    @classmethod
+    def paths(cls, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+        return make_family(tmp_path_factory.mktemp(cls.arch), cls.arch)
 
     @pytest.fixture(scope="class")
-    def family(self, paths: dict[str, Path]) -> Family:
+    @classmethod
+    def family(cls, paths: dict[str, Path]) -> Family:
         experts = {name: str(path) for name, path in paths.items() if name != "base"}
         return open_family(str(paths["base"]), experts)
 
     @pytest.fixture(scope="class")
-    def engine(self, family: Family, make_engine: StartEngine) -> Iterator[Engine]:
+    @classmethod
+    def engine(cls, family: Family, make_engine: StartEngine) -> Iterator[Engine]:
         with make_engine(family, Mixture.uniform(family.names)) as engine:
             yield engine
 
     @pytest.fixture(scope="class")
+    @classmethod
     def reference(
-        self, family: Family, tmp_path_factory: pytest.TempPathFactory
+        cls, family: Family, tmp_path_factory: pytest.TempPathFactory
     ) -> Callable[[Mixture], Reference]:
         known: dict[Mixture, Reference] = {}
 
@@ -311,7 +316,7 @@ def check_answers(engine: Engine, expected: dict[str, Answer], note: object = No
 def check_likelihoods(
     engine: Engine, reference: Reference, pairs: Sequence[tuple[str, str]]
 ) -> list[Likelihood]:
-    """Each log-probability is as near to the fp32 truth, per token, as 3 times what bf16 transformers reaches."""
+    """Each log-probability is as near to fp32 truth, per token, as 3 times what bf16 transformers reaches."""
     outputs = engine.loglikelihood([LogLikelihood(*pair) for pair in pairs])
     exact = reference.likelihoods(reference.exact, pairs)
     rounded = reference.likelihoods(reference.rounded, pairs)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mergemix.checkpoints.family import Family, open_family
-from mergemix.errors import ConfigError, EngineError, NonFiniteError, PoisonedEngineError
+from mergemix.checkpoints.family import Family
 from mergemix.merge import merge_to_directory
 from mergemix.mixture import Mixture
 from mergemix.serve.engine import Engine, EngineSpec, Generate, LogLikelihood
@@ -30,7 +27,8 @@ class HfConformance(EngineConformance):
     swap_path: str
 
     @pytest.fixture(scope="class")
-    def make_engine(self) -> StartEngine:
+    @classmethod
+    def make_engine(cls) -> StartEngine:
         return lambda family, mixture: HfEngine(EngineSpec(family, kind="hf"), mixture)
 
     def test_live_weights_equal_a_fresh_load_of_the_merge_on_disk(

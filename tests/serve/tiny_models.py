@@ -17,6 +17,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.utils.logging import disable_progress_bar
 
 EXPERT_NAMES = ("math", "code", "web", "chat", "law", "art")
 VOCAB_SIZE = 128
@@ -138,6 +139,7 @@ def _random(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 
 def _save(model: PreTrainedModel, directory: Path) -> Path:
+    disable_progress_bar()
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=1, pad_token_id=2)
     model.save_pretrained(directory)
     tiny_tokenizer(bos=isinstance(model, LlamaForCausalLM)).save_pretrained(directory)

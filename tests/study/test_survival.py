@@ -185,7 +185,7 @@ def test_a_full_database_keeps_what_was_recorded(tmp_path):
         record(study, 0, items=40)
         pages = study._connection.execute("PRAGMA page_count").fetchone()[0]
         study._connection.execute(f"PRAGMA max_page_count = {pages}")
-        with pytest.raises(OutputError, match="full.*recorded before is safe"):
+        with pytest.raises(OutputError, match=r"full.*recorded before is safe"):
             record(study, 1, items=2_000)
         assert [candidate.id for candidate in study.candidates()] == [1]
     assert assert_intact(tmp_path) == [0]
@@ -215,7 +215,7 @@ def test_a_full_disk_keeps_what_was_recorded(tmp_path):
 def test_a_directory_that_cannot_be_made_is_reported(tmp_path):
     (tmp_path / "file").touch()
     for directory in (tmp_path / "file", tmp_path / "file" / "study"):
-        with pytest.raises(OutputError, match="the study directory must be writable, but .*file"):
+        with pytest.raises(OutputError, match=r"the study directory must be writable, but .*file"):
             open_study(directory)
 
 
@@ -229,6 +229,6 @@ def test_a_database_file_that_cannot_be_opened_is_reported_and_unlocked(tmp_path
 
 
 def test_reading_what_does_not_exist_creates_nothing(tmp_path):
-    with pytest.raises(StudyError, match="there is no .*study.sqlite: check --study DIR"):
+    with pytest.raises(StudyError, match=r"there is no .*study\.sqlite: check --study DIR"):
         Study.read(tmp_path / "missing")
     assert list(tmp_path.iterdir()) == []

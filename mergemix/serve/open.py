@@ -1,0 +1,74 @@
+"""Starting an engine: choose its kind, start it, prove its swaps, and fall back when they are not right."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+from collections.abc import Sequence
+
+from mergemix.errors import ConfigError, EngineError, ProofError
+from mergemix.mixture import Mixture
+from mergemix.serve.engine import Engine, EngineSpec
+from mergemix.serve.proof import distance, probe, prove
+from mergemix.serve.restarting import RestartingEngine
+
+log = logging.getLogger(__name__)
+
+SHOWN_PROBLEMS = 3
+
+
+def resolve_kind(kind: str) -> str:
+    """"vllm" or "hf": what "auto" stands for on this machine. Raises ConfigError when the kind cannot run here."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if kind == "auto":
+        return "vllm" if installed else "hf"
+    if kind == "vllm" and not installed:
+        raise ConfigError("the vllm engine needs vLLM: pip install 'mergemix[vllm]', or take --engine hf")
+    if kind not in ("vllm", "hf"):
+        raise ConfigError(f"engine must be auto, vllm or hf, but is {kind!r}")
+    return kind
+
+
+def start_engine(spec: EngineSpec, initial: Mixture) -> Engine:
+    """A live engine of the spec's kind that holds `initial`; its swaps are not proven yet."""
+    if resolve_kind(spec.kind) == "vllm":
+        from mergemix.serve.vllm_engine import VllmEngine
+
+        return VllmEngine(spec, initial)
+    from mergemix.serve.hf_engine import HfEngine
+
+    return HfEngine(spec, initial)
+
+
+def open_engine(spec: EngineSpec, initial: Mixture) -> Engine:
+    """Start an engine on `initial` and prove that its swaps give the weights they should.
+
+    When they do not, the engine that is returned starts anew for every mixture instead: slow, never wrong, and its
+    `proven` is False. Raises ConfigError, EngineError (it does not start), ProofError (not even that is right).
+    """
+    engine = start_engine(spec, initial)
+    evidence = None
+    try:
+        evidence = prove(engine, initial)
+        problems: Sequence[str] = evidence.problems
+        if not problems:
+            engine.proven = True
+            return engine
+    except EngineError as error:
+        problems = [str(error)]
+    finally:
+        if not engine.proven:
+            engine.close()
+    log.warning(
+        "live swaps are not right with this model, so every candidate gets a fresh engine, which is slow: %s",
+        "; ".join(problems[:SHOWN_PROBLEMS]),
+    )
+    fallback = RestartingEngine(lambda mixture: start_engine(spec, mixture), initial)
+    if evidence is not None and distance(evidence.initial, probe(fallback)) > evidence.tolerance:
+        fallback.close()
+        raise ProofError(
+            f"two fresh loads of {initial} answer differently, so no score could be trusted; swaps are wrong too: "
+            + "; ".join(problems[:SHOWN_PROBLEMS])
+        )
+    return fallback

@@ -1,0 +1,120 @@
+"""The self-test of every start: are live swaps right with this model, on this engine, today?
+
+A round trip alone is not enough: a module that stays stale on the way there and on the way back looks fine. So
+what was written is compared bit for bit with the reference, and modules that vLLM transforms after loading must show
+that they were transformed anew (`apply_checked`, where the engine has it).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mergemix.mixture import Mixture
+from mergemix.serve.engine import Engine, LogLikelihood
+
+REPEATS = 3
+# Log-probabilities may differ by this many times what repeating the same question makes them differ.
+NOISE_FACTOR = 4.0
+PROBES = tuple(
+    LogLikelihood(context, continuation)
+    for context, continuation in (
+        ("The quick brown fox", " jumps over the lazy dog"),
+        ("1 + 2 =", " 3"),
+        ("def add(a, b):", "\n    return a + b"),
+        ("Q: What is the capital of France?\nA:", " Paris"),
+        ("a b c d e", " f g h"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """problems: why swaps must not be trusted; empty when they may be.
+
+    initial: log-probabilities of the probes after the initial load, natural. noise: how much repeating them changed
+    any, in nats. moved: how much the swap to one expert changed any; None when there was nothing to swap to.
+    """
+
+    problems: tuple[str, ...]
+    initial: tuple[float, ...]
+    noise: float
+    moved: float | None
+
+    @property
+    def tolerance(self) -> float:
+        return NOISE_FACTOR * self.noise
+
+
+def prove(engine: Engine, initial: Mixture) -> Evidence:
+    """Swap the engine, which holds `initial`, to a single expert and back, and examine every step.
+
+    The engine holds `initial` again afterwards. Raises EngineError when the engine fails.
+    """
+    problems = _declared_problems(engine)
+    first = probe(engine)
+    noise = max(distance(first, probe(engine)) for _ in range(REPEATS - 1))
+    tolerance = NOISE_FACTOR * noise
+    marks = [_checksum(engine)]
+    other = next((m for n in initial.names if (m := Mixture.one_hot(initial.names, n)) != initial), None)
+    moved = None
+    if other is not None:
+        problems += [f"{problem} (swap to {other})" for problem in _apply(engine, other, thorough=True)]
+        marks.append(_checksum(engine))
+        moved = distance(first, probe(engine))
+        if moved <= tolerance and _weights_moved(engine, marks):
+            problems.append(f"the swap to {other} changed the weights, but no answer")
+    problems += [f"{problem} (swap back to {initial})" for problem in _apply(engine, initial, thorough=False)]
+    off = distance(first, probe(engine))
+    if off > tolerance:
+        problems.append(
+            f"after a swap there and back the same weights answer differently: by {off:.3g} nats, "
+            f"while repeating a question makes {noise:.3g}"
+        )
+    if _checksum(engine) != marks[0]:
+        problems.append("after a swap there and back the weights are not the same")
+    return Evidence(tuple(problems), first, noise, moved)
+
+
+def probe(engine: Engine) -> tuple[float, ...]:
+    """Log-probabilities of the probes under the weights that the engine holds."""
+    return tuple(output.logprob for output in engine.loglikelihood(PROBES))
+
+
+def distance(left: Sequence[float], right: Sequence[float]) -> float:
+    """The largest difference; infinite where only one of two values is a number."""
+    return max(_difference(a, b) for a, b in zip(left, right, strict=True))
+
+
+def _difference(left: float, right: float) -> float:
+    if left == right or (math.isnan(left) and math.isnan(right)):
+        return 0.0
+    difference = abs(left - right)
+    return math.inf if math.isnan(difference) else difference
+
+
+def _apply(engine: Any, mixture: Mixture, *, thorough: bool) -> list[str]:
+    if hasattr(engine, "apply_checked"):
+        return engine.apply_checked(mixture, thorough=thorough)
+    engine.apply(mixture)
+    return []
+
+
+def _declared_problems(engine: Any) -> list[str]:
+    """What the engine itself knows to be in the way of swaps (vLLM: a load that cannot be replayed)."""
+    if not hasattr(engine, "describe"):
+        return []
+    return [problem for rank in engine.describe() for problem in rank["problems"]]
+
+
+def _checksum(engine: Any) -> str | None:
+    return engine.checksum() if hasattr(engine, "checksum") else None
+
+
+def _weights_moved(engine: Any, marks: Sequence[str | None]) -> bool:
+    """Whether the experts differ at all in what is served, so that answers must differ too."""
+    if hasattr(engine, "describe"):
+        return any(rank["bytes_written"] for rank in engine.describe())
+    return marks[0] != marks[-1]
