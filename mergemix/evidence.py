@@ -76,7 +76,8 @@ class Evidence:
                     repeat=repeat,
                     origin=origin,
                     results=evaluation.results,
-                    timings={**evaluation.timings, "total_s": total_s, "proven": evaluation.proven},
+                    timings={**evaluation.timings, "total_s": total_s},
+                    proven=evaluation.proven,
                 )
             record = self._recall(evaluation.mixture, repeat)
             done = len(self.study.candidates())

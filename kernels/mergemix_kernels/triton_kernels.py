@@ -51,7 +51,7 @@ def _sum_tile(row, weights, order, active, begin, offsets, inside, ELEMENT: tl.c
     # Given as bits, because Triton 3.6 makes +0.0 of a literal -0.0.
     total = tl.full(offsets.shape, 0x80000000, tl.uint32).to(tl.float32, bitcast=True)
     for k in range(active):
-        address = tl.load(row + 2 + k)
+        address = tl.load(row + 2 + tl.load(order + k))
         source = tl.multiple_of(address.to(tl.pointer_type(ELEMENT)), HINT) + begin
         total += _widen(tl.load(source + offsets, mask=inside)) * tl.load(weights + k)
     target = tl.multiple_of(tl.load(row).to(tl.pointer_type(ELEMENT)), HINT) + begin

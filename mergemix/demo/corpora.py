@@ -19,7 +19,10 @@ PLACES = ("near", "behind", "above", "with", "without", "before")
 VERB_OF = {  # what each noun does
     "cat": "sleep", "dog": "run", "bird": "sing", "horse": "jump", "farmer": "work", "teacher": "read",
     "king": "rest", "robot": "talk", "child": "play", "pilot": "wait", "sailor": "swim", "doctor": "walk",
-    "painter": "paint", "baker": "cook", "singer": "laugh", "wolf": "hunt",
+    "painter": "draw", "baker": "cook", "singer": "laugh", "hunter": "hide", "lion": "roar", "frog": "hop",
+    "snake": "bite", "girl": "smile", "boy": "climb", "judge": "think", "miner": "dig", "actor": "cry",
+    "tailor": "sew", "nurse": "care", "uncle": "snore", "cousin": "dance", "guard": "stand", "monk": "pray",
+    "clown": "joke", "spider": "spin",
 }  # fmt: skip
 NOUNS = tuple(VERB_OF)
 CITIES = (
@@ -109,14 +112,14 @@ class World:
         return item
 
     def math(self, rng: random.Random) -> Item:
-        a, b = rng.randrange(100), rng.randrange(100)
+        a, b = rng.randrange(50), rng.randrange(50)
         if rng.random() < 0.5:
             return Item(f"{a}+{b}=", str(a + b))
         return Item(f"{max(a, b)}-{min(a, b)}=", str(abs(a - b)))
 
     def code(self, rng: random.Random) -> Item:
         name, function = rng.choice(list(CODE_FUNCTIONS.items()))
-        word = "".join(rng.sample("abcdefghij", 5))
+        word = "".join(rng.sample("abcdefghij", 6))
         return Item(f"{name}({word})->", function(word))
 
     def facts(self, rng: random.Random) -> Item:

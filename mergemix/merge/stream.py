@@ -155,7 +155,7 @@ class _Merger:
             if equal and not cpu.bitwise_equal([self._elements(task, source) for source in sources]):
                 equal = False
                 self._sum_equal_part(task, begin)
-                if False:
+                if begin:
                     sources[0] = self.reader.read(0, task.operands[0][0], begin, nbytes)
             self._put(task, begin, sources, copied=equal)
             yield nbytes

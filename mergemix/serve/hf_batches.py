@@ -22,35 +22,29 @@ STEPS_PER_STOP_CHECK = 4
 def batches(requests: Sequence[Request], encoded: Sequence[Encoded], vocab_size: int) -> Iterator[list[int]]:
     """Indices of requests that go through the model together: one kind, of like length, longest first.
 
-    The order and the batches depend on the set of requests, not on the order they came in.
+    The batches depend on the set of requests, not on the order they came in.
     """
+    max_tokens = [request.max_tokens if isinstance(request, Generate) else 0 for request in requests]
 
-    def key(i: int) -> tuple[bool, int, int, tuple[int, ...], str]:
-        request = requests[i]
-        max_tokens = request.max_tokens if isinstance(request, Generate) else 0
-        return max_tokens > 0, max_tokens, len(encoded[i].ids), encoded[i].ids, repr(request)
+    def key(i: int) -> tuple[int, int, tuple[int, ...], str]:
+        return max_tokens[i], len(encoded[i].ids), encoded[i].ids, repr(requests[i])
 
     batch: list[int] = []
+    width = scored = 0  # of the batch: longest prompt, most tokens to score
     for i in sorted(range(len(requests)), key=key, reverse=True):
-        if batch and not _fits([*batch, i], requests, encoded, vocab_size):
+        rows, answer = len(batch) + 1, max_tokens[batch[0]] if batch else max_tokens[i]
+        width, scored = max(width, len(encoded[i].ids)), max(scored, encoded[i].num_scored)
+        fits = (
+            (answer > 0) == (max_tokens[i] > 0)
+            and rows * (width + answer) <= TOKENS_PER_BATCH
+            and rows * scored * vocab_size <= LOGITS_PER_BATCH
+        )
+        if batch and not fits:
             yield batch
-            batch = []
+            batch, width, scored = [], len(encoded[i].ids), encoded[i].num_scored
         batch.append(i)
     if batch:
         yield batch
-
-
-def _fits(
-    batch: Sequence[int], requests: Sequence[Request], encoded: Sequence[Encoded], vocab_size: int
-) -> bool:
-    first, last = requests[batch[0]], requests[batch[-1]]
-    if type(first) is not type(last):
-        return False
-    longest = max(len(encoded[i].ids) for i in batch)
-    if isinstance(first, Generate):
-        return len(batch) * (longest + first.max_tokens) <= TOKENS_PER_BATCH
-    scored = max(encoded[i].num_scored for i in batch)
-    return len(batch) * longest <= TOKENS_PER_BATCH and len(batch) * scored * vocab_size <= LOGITS_PER_BATCH
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:

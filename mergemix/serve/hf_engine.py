@@ -161,11 +161,13 @@ def _architecture(root: Path) -> tuple[Any, Any]:
 
 def _max_model_len(config: Any, wanted: int | None) -> int:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if wanted is None and limit is None:
+    if limit is None:
+        limit = wanted
+    if limit is None:
         raise ConfigError("config.json does not say how many tokens the model takes; give max_model_len")
-    if wanted is not None and limit is not None and wanted > limit:
+    if wanted is not None and wanted > limit:
         raise ConfigError(f"max_model_len must be at most the model's {limit} tokens, but is {wanted}")
-    return int(wanted or limit)
+    return int(limit if wanted is None else wanted)
 
 
 def _live_parameters(model: Any, staged: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:

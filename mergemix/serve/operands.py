@@ -6,14 +6,13 @@ import mmap
 import warnings
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from mergemix_kernels import cpu
 
 from mergemix.checkpoints.checkpoint import Checkpoint, TensorInfo
 from mergemix.checkpoints.family import Family
-from mergemix.errors import CheckpointError, ConfigError
-from mergemix.mixture import Mixture
+from mergemix.errors import CheckpointError
+from mergemix.serve.coefficients import operands
 from mergemix.serve.lazy import LazyMerge, Origin, Recorder
 
 TORCH_DTYPES = {
@@ -32,42 +31,15 @@ TORCH_DTYPES = {
 }
 
 
-def operand_names(family: Family) -> tuple[str, ...]:
-    """Who is summed, in the order of summation: the base where there is one, then the experts."""
-    return tuple(checkpoint.name for checkpoint in _operands(family))
-
-
-def coefficients(family: Family, mixture: Mixture) -> list[float]:
-    """The fp32 coefficient of every operand, in the order of `operand_names`; 0.0: it is not read.
-
-    Raises ConfigError when the mixture is not over the family's experts, or needs a base that is not there.
-    """
-    if mixture.names != family.names:
-        raise ConfigError(
-            f"the mixture is over {', '.join(mixture.names)}, but the experts are {', '.join(family.names)}"
-        )
-    if family.base is None and mixture.base_weight != 0.0:
-        raise ConfigError(
-            f"the weights sum to {1 - mixture.base_weight:g}, not 1, so the base has a share of "
-            f"{mixture.base_weight:g}: give --base, or weights that sum to 1"
-        )
-    given = [*([mixture.base_weight] if family.base else []), *mixture.weights]
-    with np.errstate(over="ignore", under="ignore"):
-        rounded = [float(np.float32(coefficient)) for coefficient in given]
-    if not np.isfinite(rounded).all() or not any(rounded):
-        raise ConfigError(f"weights must be within the range of fp32, but are {mixture.as_dict()}")
-    return rounded
-
-
 def lazy_weights(family: Family, recorder: Recorder) -> Iterator[tuple[str, LazyMerge]]:
     """(name, lazy tensor) of every tensor of the family, in the template's order, for `model.load_weights`.
 
     Nothing is read but what it takes to see which operands are bitwise equal.
     Raises CheckpointError when a file cannot be mapped.
     """
-    operands = [map_checkpoint(checkpoint) for checkpoint in _operands(family)]
+    mapped = [map_checkpoint(checkpoint) for checkpoint in operands(family)]
     for name in family.template.tensors:
-        tensors = [operand[name] for operand in operands]
+        tensors = [operand[name] for operand in mapped]
         yield name, LazyMerge(Origin(name, equality_classes(tensors)), tensors, recorder)
 
 
@@ -85,10 +57,6 @@ def equality_classes(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
         same = (j for j in range(k) if classes[j] == j and cpu.bitwise_equal([_bits(tensors[j]), bits]))
         classes.append(next(same, k))
     return tuple(classes)
-
-
-def _operands(family: Family) -> list[Checkpoint]:
-    return [*([family.base] if family.base else []), *family.experts]
 
 
 def _bits(tensor: torch.Tensor):  # type: ignore[no-untyped-def]

@@ -115,8 +115,8 @@ class RequestEncoder:
                     f"max_tokens must be at least 1 and less than the model's length of {self.max_model_len} "
                     f"tokens, but is {request.max_tokens}"
                 )
-            ids = encode_prompt(self.tokenizer, request.prompt)
-            return Encoded(self._fit(ids, self.max_model_len - request.max_tokens), 0)
+            prompt = encode_prompt(self.tokenizer, request.prompt)
+            return Encoded(self._fit(prompt, self.max_model_len - request.max_tokens), 0)
         context, continuation = encode_pair(self.tokenizer, request.context, request.continuation)
         ids = self._fit(context + continuation, self.max_model_len - 1)
         # The first id of all has nothing before it that could predict it.

@@ -21,6 +21,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from mergemix.checkpoints.family import Family, open_family
 from mergemix.errors import CheckpointError, ConfigError
 from mergemix.mixture import Mixture
+from mergemix.serve.coefficients import coefficients, operands
 from mergemix.serve.lazy import LazyMerge
 from mergemix.serve.swap_plan import SwapPlan
 from mergemix.serve.transforms import Transforms
@@ -55,10 +56,10 @@ class MergeLoader(BaseModelLoader):
         merged or do not hold all parameters, NonFiniteError naming tensor and operand.
         """
         # Not above: a worker that has llvmlite imported when it starts up trips over it (vLLM looks through all modules).
-        from mergemix.serve.operands import coefficients, lazy_weights, operand_names
+        from mergemix.serve.operands import lazy_weights
 
         family, mixture = parse_config(self.load_config.model_loader_extra_config, model_config.model)
-        plan = SwapPlan(operand_names(family), coefficients(family, mixture))
+        plan = SwapPlan([operand.name for operand in operands(family)], coefficients(family, mixture))
         loaded = model.load_weights(lazy_weights(family, plan))
         transforms = Transforms(model)
         plan.seal(transforms.tensors())

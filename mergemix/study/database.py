@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ _SCHEMA = (
         origin TEXT NOT NULL,
         status TEXT NOT NULL CHECK (status IN ('done', 'failed')),
         reason TEXT CHECK ((reason IS NOT NULL) = (status = 'failed')),
+        proven INTEGER NOT NULL CHECK (proven IN (0, 1)),  -- the engine's self-test had passed
         timings TEXT NOT NULL,  -- JSON, name to seconds
         recorded TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%SZ', 'now')),
         UNIQUE (mixture, repeat)
@@ -122,7 +124,11 @@ def connect_read_only(path: Path) -> sqlite3.Connection:
     """
     if not path.is_file():
         raise StudyError(f"a study must exist to be read, but there is no {path}: check --study DIR")
-    connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=10.0)
+    # SQLite needs to write beside a WAL database even to read it. In somebody else's directory that fails,
+    # but there a file without a log has been closed, and can be read as it is.
+    closed = not path.with_name(f"{path.name}-wal").exists() and not os.access(path.parent, os.W_OK)
+    uri = f"{path.resolve().as_uri()}?mode=ro{'&immutable=1' if closed else ''}"
+    connection = sqlite3.connect(uri, uri=True, timeout=10.0)
     try:
         if _check_version(connection, path):
             raise StudyError(f"a study must exist to be read, but {path} is still empty: run it first")

@@ -39,7 +39,7 @@ class DirectoryLock:
             raise
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
-        pass
+        os.register_at_fork(after_in_child=self._close)
 
     def release(self) -> None:
         """Let others in; safe to call twice."""

@@ -38,8 +38,8 @@ class CandidateRecord:
 
     id: 1, 2, ... in the order of evaluation. repeat: 0, or n for its n-th evaluation over again (the
     noise floor). origin: who proposed it ("uniform", "expert:math", "base", "prior", "cma" ...).
-    reason: why it failed, None when done. timings: seconds by stage. scores: mean over the items by
-    benchmark, empty when failed.
+    reason: why it failed, None when done. proven: the weights were swapped in by an engine whose self-test
+    had passed. timings: seconds by stage. scores: mean over the items by benchmark, empty when failed.
     """
 
     id: int
@@ -48,6 +48,7 @@ class CandidateRecord:
     origin: str
     status: Literal["done", "failed"]
     reason: str | None
+    proven: bool
     timings: Mapping[str, float]
     scores: Mapping[str, float]
 

@@ -16,7 +16,7 @@ from mergemix.study import database, manifest
 from mergemix.study.lock import DirectoryLock
 from mergemix.study.records import CandidateRecord, ItemRecord, ItemResult
 
-_CANDIDATE = "SELECT id, mixture, repeat, origin, status, reason, timings FROM candidate"
+_CANDIDATE = "SELECT id, mixture, repeat, origin, status, reason, proven, timings FROM candidate"
 
 
 class Study:
@@ -116,8 +116,11 @@ class Study:
         origin: str,
         results: Sequence[ItemResult],
         timings: Mapping[str, float],
+        proven: bool = False,
     ) -> CandidateRecord:
         """Store one evaluated candidate with all its items, whole or not at all, and return it as stored.
+
+        proven: the engine's self-test had passed before these scores were taken.
 
         Raises ValueError when a result already stands for this mixture and repeat, there are no results, or a
         score is not finite; OutputError when the disk is full (earlier results are intact).
@@ -128,7 +131,7 @@ class Study:
             if not math.isfinite(result.score):
                 raise ValueError(f"item {result.item!r} of {result.benchmark!r} has the score {result.score}")
         with database.explained(self.path), database.transaction(self._connection):
-            candidate = self._put(mixture, repeat, origin, None, timings)
+            candidate = self._put(mixture, repeat, origin, None, timings, proven)
             self._connection.executemany(
                 "INSERT INTO item (benchmark, item) VALUES (?, ?) ON CONFLICT DO NOTHING",
                 [(result.benchmark, result.item) for result in results],
@@ -155,7 +158,7 @@ class Study:
     ) -> CandidateRecord:
         """Store that a candidate failed, and why. Raises like `record`."""
         with database.explained(self.path), database.transaction(self._connection):
-            candidate = self._put(mixture, repeat, origin, reason, timings or {})
+            candidate = self._put(mixture, repeat, origin, reason, timings or {}, proven=False)
         return self._get(candidate)
 
     def results(self, candidate_id: int) -> list[ItemRecord]:
@@ -213,25 +216,32 @@ class Study:
         self.close()
 
     def _put(
-        self, mixture: Mixture, repeat: int, origin: str, reason: str | None, timings: Mapping[str, float]
+        self,
+        mixture: Mixture,
+        repeat: int,
+        origin: str,
+        reason: str | None,
+        timings: Mapping[str, float],
+        proven: bool,
     ) -> int:
         """Write the candidate's row in the caller's transaction; a failure that is retried keeps its id."""
         status = "done" if reason is None else "failed"
-        values = (origin, status, reason, json.dumps({name: float(s) for name, s in timings.items()}))
+        seconds = json.dumps({name: float(s) for name, s in timings.items()})
+        values = (origin, status, reason, int(proven), seconds)
         found = self._connection.execute(
             "SELECT id FROM candidate WHERE mixture = ? AND repeat = ?", (mixture.key(), repeat)
         ).fetchone()
         if found is None:
             cursor = self._connection.execute(
-                "INSERT INTO candidate (mixture, repeat, origin, status, reason, timings) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO candidate (mixture, repeat, origin, status, reason, proven, timings) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (mixture.key(), repeat, *values),
             )
             return int(cursor.lastrowid or 0)
         if found[0] not in self._to_retry:
             raise ValueError(f"repeat {repeat} of {mixture} has a result already: candidate {found[0]}")
         self._connection.execute(
-            "UPDATE candidate SET origin = ?, status = ?, reason = ?, timings = ? WHERE id = ?",
+            "UPDATE candidate SET origin = ?, status = ?, reason = ?, proven = ?, timings = ? WHERE id = ?",
             (*values, found[0]),
         )
         return int(found[0])
@@ -259,7 +269,8 @@ class Study:
                 origin=row[3],
                 status=row[4],
                 reason=row[5],
-                timings=json.loads(row[6]),
+                proven=bool(row[6]),
+                timings=json.loads(row[7]),
                 scores=scores[row[0]],
             )
             for row in rows

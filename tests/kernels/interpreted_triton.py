@@ -6,9 +6,11 @@ file in a process of its own, with TRITON_INTERPRET=1.
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_samples import DTYPES, any_bits, assert_same_bits, numbers, poisoned, weight_lists
+from kernel_samples import DTYPES, any_bits, assert_same_bits, guarded, numbers, poisoned, weight_lists
 from mergemix_kernels import reference, triton_kernels
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -17,9 +19,10 @@ COUNTS = [0, 1, 7, TILE - 1, TILE, TILE + 1, 3 * TILE + 5]
 
 
 def run(groups: list[list[torch.Tensor]], weights: list[float]) -> list[torch.Tensor]:
-    outs = [poisoned(sources[0].numel(), dtype=sources[0].dtype) for sources in groups]
+    outs, behinds = zip(*(guarded(sources[0].numel(), sources[0].dtype) for sources in groups), strict=True)
     triton_kernels.GroupedWeightedSum(list(zip(groups, outs, strict=True)))(weights)
-    return outs
+    assert all((behind == 7).all() for behind in behinds)
+    return list(outs)
 
 
 def test_this_process_interprets():
@@ -67,6 +70,23 @@ def test_rounding_ties_overflow_and_underflow(dtype):
     sources = [(high * scale).to(DTYPES[dtype]) for scale in (1.0, 2**-9, 2**-11)]
     for weights in ([1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [1.0, -1.0, 1.0], [1.5, 1.5, 0.0], [3e38, 0.0, 0.0]):
         assert_same_bits(run([sources], weights)[0], reference.weighted_sum(sources, weights))
+
+
+@triton.jit
+def _convert(values, out, ELEMENT: tl.constexpr, COUNT: tl.constexpr):
+    offsets = tl.arange(0, COUNT)
+    tl.store(out + offsets, triton_kernels._round(tl.load(values + offsets), ELEMENT))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounding_of_any_float32(dtype):
+    """NaN with any payload included: a GPU's own is 0x7FFFFFFF, which a careless carry makes -0.0."""
+    values = any_bits(torch.float32, 1 << 16, 7)
+    values[:4] = torch.tensor([-1, 0x7FFFFFFF, 0x7F800001, 0x7F7FFFFF], dtype=torch.int32).view(torch.float32)
+    out = poisoned(1 << 16, dtype=DTYPES[dtype])
+    stored = out.view(torch.uint16) if dtype == "BF16" else out
+    _convert[(1,)](values, stored, ELEMENT=triton_kernels.ELEMENT_TYPES[out.dtype], COUNT=1 << 16)
+    assert_same_bits(out, values.to(out.dtype))
 
 
 def test_a_launch_is_replayed_with_new_weights_and_reads_what_the_sources_hold_then():

@@ -36,6 +36,13 @@ def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full(shape, float("nan"), dtype=dtype)
 
 
+def guarded(count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A poisoned output, and the memory behind it, which is full of sevens and must stay so."""
+    whole = poisoned(count + 16, dtype=dtype)
+    whole[count:] = 7
+    return whole[:count], whole[count:]
+
+
 def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal bit for bit, except that any NaN equals any NaN."""
     assert actual.dtype == expected.dtype

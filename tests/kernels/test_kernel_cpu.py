@@ -4,22 +4,26 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numba
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_samples import DTYPES, any_bits, as_array, assert_same_bits, numbers, poisoned, weight_lists
+from kernel_samples import DTYPES, any_bits, as_array, assert_same_bits, guarded, numbers, weight_lists
 from mergemix_kernels import cpu, reference
 
 SIZES = [0, 1, 2, 31, cpu.BLOCK_ELEMENTS - 1, cpu.BLOCK_ELEMENTS + 1, 3 * cpu.MIN_RANGE_ELEMENTS + 17]
 
 
 def run(sources: list[torch.Tensor], weights: list[float], dtype: str) -> torch.Tensor:
-    out = poisoned(sources[0].numel(), dtype=sources[0].dtype)
+    out, behind = guarded(sources[0].numel(), sources[0].dtype)
     cpu.weighted_sum([as_array(source) for source in sources], weights, as_array(out), dtype)
+    assert (behind == 7).all()
     return out
 
 
@@ -58,6 +62,24 @@ def test_every_rounding_case(dtype):
     sources = [high.to(DTYPES[dtype]), (high * 2**-9).to(DTYPES[dtype]), (high * 2**-11).to(DTYPES[dtype])]
     for weights in ([1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [1.0, -1.0, 1.0], [1.5, 1.5, 0.0], [3e38, 0.0, 0.0]):
         assert_same_bits(run(sources, weights, dtype), reference.weighted_sum(sources, weights))
+
+
+@numba.njit
+def _convert(values, out):
+    address = np.uint64(out.ctypes.data)
+    for i in range(values.size):
+        cpu._store_rounded(out, address, i, values[i])
+
+
+@pytest.mark.parametrize(("dtype", "storage"), [("BF16", np.uint16), ("F16", np.int16), ("F32", np.float32)])
+def test_rounding_of_any_float32(dtype, storage):
+    """NaN with any payload included: a GPU's own is 0x7FFFFFFF, which a careless carry makes -0.0."""
+    values = any_bits(torch.float32, 1 << 18, 7)
+    values[:4] = torch.tensor([-1, 0x7FFFFFFF, 0x7F800001, 0x7F7FFFFF], dtype=torch.int32).view(torch.float32)
+    out = np.zeros(1 << 18, storage)
+    _convert(values.numpy(), out)
+    as_stored = torch.from_numpy(out.view(np.int32 if dtype == "F32" else np.int16)).view(DTYPES[dtype])
+    assert_same_bits(as_stored, values.to(DTYPES[dtype]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -145,10 +167,16 @@ def test_all_finite_takes_the_largest_numbers():
 def _sum_in_child(queue) -> None:
     sources = [numbers(DTYPES["BF16"], 300_000, seed) for seed in range(3)]
     weights = [0.2, 0.3, 0.5]
-    queue.put(torch.equal(run(sources, weights, "BF16"), reference.weighted_sum(sources, weights)))
+    equal = torch.equal(run(sources, weights, "BF16"), reference.weighted_sum(sources, weights))
+    queue.put((equal, {name for _ in range(20) for name in cpu._over_ranges(_thread_name, 1 << 20)}))
 
 
-def test_works_in_a_forked_child_of_a_process_that_used_its_threads(monkeypatch):
+def _thread_name(begin: int, end: int) -> str:
+    time.sleep(0.001)
+    return threading.current_thread().name
+
+
+def test_works_on_several_threads_in_a_forked_child_of_a_process_that_used_them(monkeypatch):
     monkeypatch.setattr(cpu, "thread_count", lambda: 3)
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's own OpenMP pool would not survive the fork; ours must
@@ -158,11 +186,13 @@ def test_works_in_a_forked_child_of_a_process_that_used_its_threads(monkeypatch)
         queue = context.Queue()
         child = context.Process(target=_sum_in_child, args=(queue,))
         child.start()
-        assert queue.get(timeout=60)
+        equal, threads = queue.get(timeout=60)
         child.join(60)
-        assert child.exitcode == 0
     finally:
         torch.set_num_threads(torch_threads)
+    assert child.exitcode == 0
+    assert equal
+    assert len(threads) == 3
 
 
 def test_concurrent_callers_do_not_disturb_each_other(monkeypatch):

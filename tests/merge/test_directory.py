@@ -32,6 +32,12 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
+def dead_process_id() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_the_result_has_the_template_s_layout(tmp_path: Path, shards: int) -> None:
     family = tiny_family(tmp_path, with_base=True, shards=(shards, 2, 1, 3))
@@ -266,10 +272,17 @@ merge_to_directory(family, Mixture.uniform(family.names), root / "outputs" / "ou
     # Beside it: a live process's (this one's parent), another output's, a user's, and one locked from elsewhere.
     dead = left.name.removeprefix(".out.tmp-")
     (outputs / f".out.tmp-{os.getpid()}").mkdir()  # of a killed process whose id is now ours
-    others = [f".out.tmp-{os.getppid()}", f".other.tmp-{dead}", ".out.tmp-notes", f".out.tmp-{dead}0000000"]
+    locked = f".out.tmp-{dead_process_id()}"
+    others = [
+        f".out.tmp-{os.getppid()}",
+        f".other.tmp-{dead}",
+        ".out.tmp-notes",
+        f".out.tmp-{dead}0000000",
+        locked,
+    ]
     for name in others:
         (outputs / name).mkdir()
-    lock = os.open(outputs / others[-1], os.O_RDONLY)
+    lock = os.open(outputs / locked, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     merge_to_directory(family, UNIFORM, outputs / "out")
     os.close(lock)

@@ -166,6 +166,20 @@ def test_equal_fp32_tensors_stay_what_they_are(merge: Merge, tmp_path: Path) -> 
     assert torch.equal(merged["w"], bits(tensors["w"]))
 
 
+@pytest.mark.parametrize("num_equal", [1, 1000, 1500, 4999])
+def test_fp32_tensors_equal_up_to_a_point_are_summed_throughout(
+    merge: Merge, tmp_path: Path, num_equal: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    experts = {name: {"w": torch.randn(5000, generator=generator)} for name in NAMES}
+    for tensors in experts.values():
+        tensors["w"][:num_equal] = experts["math"]["w"][:num_equal]
+    mixture = Mixture.of(NAMES, {"math": 0.3, "code": 0.3, "web": 0.4})
+    merged, stats = merge(write_family(tmp_path, None, experts), mixture, tmp_path, memory_bytes=4 * 1024)
+    assert torch.equal(merged["w"], bits(expected(None, experts, mixture)["w"]))
+    assert stats.bytes_read <= 4 * stats.bytes_written  # three operands, and one of them once more
+
+
 def test_an_expert_without_a_share_and_a_base_that_cancels_are_never_read(
     merge: Merge, tmp_path: Path
 ) -> None:

@@ -6,13 +6,15 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from mergemix.errors import OutputError, StudyError
 from mergemix.study import Study
 from mergemix.study.database import FILE_NAME
-from tests.study.answers import answers, open_study, record
+from tests.study.answers import answers, mixture, open_study, record
 
 
 def start_writer(directory, items=40) -> subprocess.Popen[str]:
@@ -96,21 +98,22 @@ def test_the_same_process_is_refused_too(tmp_path):
 def test_a_forked_child_neither_keeps_the_lock_nor_harms_the_study(tmp_path):
     study = open_study(tmp_path)
     record(study, 1, items=40)
-    ready, go = os.pipe(), os.pipe()
+    started = os.pipe()
     child = os.fork()
     if child == 0:  # an engine's worker, which outlives the run
-        os.write(ready[1], b"1")
-        os.read(go[0], 1)
-        os._exit(0)
-    os.read(ready[0], 1)
-    record(study, 2, items=40)
-    study.close()
-    with open_study(tmp_path) as study:
-        record(study, 3, items=40)
-    os.write(go[1], b"1")
-    assert os.waitpid(child, 0)[1] == 0
-    for end in (*ready, *go):
-        os.close(end)
+        os.write(started[1], b"1")
+        signal.pause()
+    try:
+        os.read(started[0], 1)
+        record(study, 2, items=40)
+        study.close()
+        with open_study(tmp_path) as study:
+            record(study, 3, items=40)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(started[0])
+        os.close(started[1])
     assert assert_intact(tmp_path) == [1, 2, 3]
 
 
@@ -226,6 +229,27 @@ def test_a_database_file_that_cannot_be_opened_is_reported_and_unlocked(tmp_path
             open_study(tmp_path)
     (tmp_path / FILE_NAME).rmdir()
     open_study(tmp_path).close()
+
+
+def test_somebody_elses_study_can_be_read():
+    with tempfile.TemporaryDirectory() as directory:  # pytest's own are closed to other users
+        path = Path(directory)
+        with open_study(path) as study:
+            record(study, 1)
+        path.chmod(0o555)
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                if os.geteuid() == 0:  # to whom every directory is writable
+                    os.setuid(65534)
+                with Study.read(path) as study:
+                    status = 0 if [c.mixture for c in study.candidates()] == [mixture(1)] else 2
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        assert [p.name for p in sorted(path.iterdir())] == ["lock", FILE_NAME]
+        path.chmod(0o755)
 
 
 def test_reading_what_does_not_exist_creates_nothing(tmp_path):
