@@ -73,7 +73,7 @@ class VllmEngine(Engine):
 
     def describe(self) -> list[dict[str, Any]]:
         """What a swap does on each rank, and why it would be wrong; see MergeWorker.mergemix_describe."""
-        return self._usable_process().call("describe")
+        return self._usable_process().call("call_workers", "mergemix_describe")
 
     def submit(self, requests: Sequence[Request]) -> list[Output]:
         process = self._usable_process()

@@ -58,15 +58,15 @@ class Host:
         self._encoder = RequestEncoder(tokenizer, max_model_len)
         return {"version": __version__, "max_model_len": max_model_len}
 
-    def describe(self) -> list[dict[str, Any]]:
-        """See MergeWorker.mergemix_describe; one entry per rank."""
-        return self._llm.collective_rpc("mergemix_describe")
+    def call_workers(self, method: str, *arguments: object) -> list[Any]:
+        """What each rank's MergeWorker method returns."""
+        return self._llm.collective_rpc(method, args=arguments)
 
     def swap(self, weights: Sequence[float], check: str) -> list[dict[str, Any]]:
         """See MergeWorker.mergemix_swap; one entry per rank. Then the prefix cache, which is of the old weights, is
         dropped. Whatever is raised, the engine must not be used any more.
         """
-        reports = self._llm.collective_rpc("mergemix_swap", args=(list(weights), check))
+        reports = self.call_workers("mergemix_swap", list(weights), check)
         for _ in range(RESET_ATTEMPTS):
             if self._llm.reset_prefix_cache() is True:
                 return reports

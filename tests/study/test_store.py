@@ -21,6 +21,7 @@ def test_a_candidate_comes_back_whole(tmp_path):
             origin="prior",
             results=[Answer("zeta", "z", 1.0, "yes"), Answer("arith", "a", 0.25), Answer("arith", "b", 0.5)],
             timings={"swap": 0.01, "generate": 2},
+            proven=True,
         )
     with Study.read(tmp_path / "new" / "study") as study:
         (candidate,) = study.candidates()
@@ -30,6 +31,7 @@ def test_a_candidate_comes_back_whole(tmp_path):
         assert candidate.done
         assert candidate.reason is None
         assert candidate.timings == {"swap": 0.01, "generate": 2.0}
+        assert candidate.proven
         assert candidate.scores == {"zeta": 1.0, "arith": 0.375}
         assert study.results(1) == [
             ItemRecord("zeta", "z", 1.0, "yes"),

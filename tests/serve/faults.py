@@ -1,0 +1,58 @@
+"""A worker extension that breaks swaps on request, for tests of what notices it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from mergemix.serve.vllm_worker import MergeWorker
+
+FAULTS = ("none", "lost tensor", "stale module", "old closure", "kernel kept", "fails halfway")
+
+
+class FaultyWorker(MergeWorker):
+    """mergemix_set_fault says what goes wrong from then on, and in which module."""
+
+    mergemix_fault = "none"
+    mergemix_victim = ""
+
+    def mergemix_set_fault(self, fault: str, victim: str = "") -> None:
+        assert fault in FAULTS
+        self.mergemix_fault, self.mergemix_victim = fault, victim
+
+    def mergemix_write(self, plan: Any, coefficients: Sequence[float]) -> None:
+        moving = [copy for copy in plan.copies if not copy.is_static]
+        lost = moving[len(moving) // 2]
+        before = lost.destination.clone()
+        super().mergemix_write(plan, coefficients)
+        if self.mergemix_fault == "lost tensor":
+            lost.destination.copy_(before)
+
+    def mergemix_reprocess(self, transforms: Any) -> None:
+        entries = transforms.modules
+        victims = [entry for entry in entries if entry.name.endswith(self.mergemix_victim)]
+        others = [entry for entry in entries if entry not in victims]
+        if self.mergemix_fault == "fails halfway":
+            transforms.modules = entries[: len(entries) // 2]
+            super().mergemix_reprocess(transforms)
+            raise RuntimeError("injected")
+        if self.mergemix_fault == "stale module":
+            assert victims
+            transforms.modules = others
+        if self.mergemix_fault == "kernel kept":  # vLLM then skips the packing of fused experts
+            kept = [
+                replace(entry, changed=frozenset(key for key in entry.changed if key[0] != "quant_method"))
+                for entry in victims
+            ]
+            assert kept
+            transforms.modules = others + kept
+        closures = {entry.name: vars(entry.module).get("cpu_linear") for entry in victims}
+        try:
+            super().mergemix_reprocess(transforms)
+        finally:
+            transforms.modules = entries
+        if self.mergemix_fault == "old closure":
+            assert victims
+            for entry in victims:
+                entry.module.cpu_linear = closures[entry.name]

@@ -1,0 +1,179 @@
+"""The vLLM engine, with a real vLLM: it keeps what every engine promises, and notices when a swap goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mergemix.checkpoints.family import Family, open_family
+from mergemix.errors import EngineError, NonFiniteError, PoisonedEngineError
+from mergemix.merge import merge_to_directory
+from mergemix.mixture import Mixture
+from mergemix.serve import open_engine
+from mergemix.serve.engine import EngineSpec, Generate, LogLikelihood
+from mergemix.serve.engine_log import EngineLog
+from mergemix.serve.proof import prove
+from mergemix.serve.vllm_engine import EngineProcess, VllmEngine, engine_args
+from tests.serve.conformance import PAIRS, PROMPTS, EngineConformance, StartEngine
+from tests.serve.tiny_models import MAX_POSITIONS, make_family
+
+ROOT = Path(__file__).parents[2]
+FAULTY = {"worker_extension_cls": "tests.serve.faults.FaultyWorker"}
+MAX_TOKENS = 12
+# Longer than a cache block: a prefix cache that outlives a swap shows.
+LONG_PROMPT = "the cat 12 in the hat " * 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable_by_workers() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
+        yield
+
+
+def spec(family: Family, log: Path, **options: object) -> EngineSpec:
+    return EngineSpec(family, kind="vllm", max_model_len=MAX_POSITIONS, log=log, options={**FAULTY, **options})
+
+
+class VllmConformance(EngineConformance):
+    victim: str  # a module that vLLM transforms after loading
+
+    @pytest.fixture(scope="class")
+    def make_engine(self, tmp_path_factory: pytest.TempPathFactory) -> StartEngine:
+        log = tmp_path_factory.mktemp("logs") / "engine.log"
+        return lambda family, initial: open_engine(spec(family, log), initial)
+
+    def set_fault(self, engine: VllmEngine, fault: str, victim: str = "") -> None:
+        assert engine._process is not None
+        engine._process.call("call_workers", "mergemix_set_fault", fault, victim)
+
+    def break_swap(self, engine: VllmEngine, paths: dict[str, Path]) -> None:  # type: ignore[override]
+        self.set_fault(engine, "fails halfway")
+
+    def test_its_swaps_are_proven(self, engine: VllmEngine, family: Family) -> None:
+        assert engine.proven
+        described = engine.describe()
+        assert all(rank["problems"] == [] for rank in described)
+        assert any(name.endswith(self.victim) for name in described[0]["transformed"])
+        engine.apply(Mixture.uniform(family.names))
+        assert prove(engine, Mixture.uniform(family.names)).problems == ()
+
+    def test_greedy_answers_and_logprobs_equal_those_of_a_fresh_plain_vllm_on_the_merge_on_disk(
+        self, engine: VllmEngine, family: Family, plain: dict[str, list[dict[str, object]]]
+    ) -> None:
+        mixtures = plain_mixtures(family.names)
+        for index in (0, 1, 2, 1, 0, 2, 2, 0):
+            engine.apply(mixtures[index])
+            expected = plain[self.arch][index]
+            requests = [Generate(prompt, MAX_TOKENS) for prompt in (*PROMPTS, LONG_PROMPT)]
+            assert [output.text for output in engine.generate(requests)] == expected["texts"], mixtures[index]
+            outputs = engine.loglikelihood([LogLikelihood(*pair) for pair in PAIRS])
+            assert [output.logprob for output in outputs] == expected["logprobs"], mixtures[index]
+
+    @pytest.mark.parametrize("fault", ["lost tensor", "stale module", "old closure"])
+    def test_the_proof_notices(self, engine: VllmEngine, family: Family, fault: str) -> None:
+        uniform = Mixture.uniform(family.names)
+        engine.apply(uniform)
+        self.set_fault(engine, fault, self.victim if fault == "stale module" else "o_proj")
+        try:
+            evidence = prove(engine, uniform)
+        finally:
+            self.set_fault(engine, "none")
+        assert evidence.problems
+        # Repaired: the state that the fault left does not outlive the next swap.
+        engine.apply(Mixture.one_hot(family.names, "math"))
+        engine.apply(uniform)
+        assert prove(engine, uniform).problems == ()
+
+
+class TestLlamaWithTiedEmbeddings(VllmConformance):
+    arch = "llama"
+    victim = "lm_head"
+
+
+class TestQwen3Moe(VllmConformance):
+    arch = "qwen3_moe"
+    victim = "experts"
+
+    def test_the_proof_notices_experts_that_are_not_packed_again(self, engine: VllmEngine, family: Family) -> None:
+        uniform = Mixture.uniform(family.names)
+        engine.apply(uniform)
+        self.set_fault(engine, "kernel kept", "experts")
+        try:
+            evidence = prove(engine, uniform)
+        finally:
+            self.set_fault(engine, "none")
+        assert any("experts" in problem for problem in evidence.problems)
+
+
+def plain_mixtures(names: tuple[str, ...]) -> list[Mixture]:
+    """An expert, a mixture, and one whose weights do not sum to one."""
+    return [
+        Mixture.one_hot(names, names[1]),
+        Mixture(names, (0.2, 0.5, 0.3)),
+        Mixture(names, (0.9, -0.2, 0.1)),
+    ]
+
+
+PLAIN = """
+import json, os, sys
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+import torch
+from vllm import LLM
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+from mergemix.serve.engine import Generate, LogLikelihood
+from mergemix.serve.tokens import RequestEncoder, end_tokens, load_tokenizer
+from mergemix.serve.vllm_host import Host
+torch.compiler.set_stance("force_eager")
+task = json.load(open(sys.argv[1]))
+found = []
+for root in task["roots"]:
+    host = Host()
+    tokenizer = load_tokenizer(root)
+    host._ends = list(end_tokens(__import__("pathlib").Path(root), tokenizer))
+    host._llm = LLM(model=root, enforce_eager=True, max_model_len=task["max_model_len"], generation_config="vllm")
+    host._encoder = RequestEncoder(tokenizer, task["max_model_len"])
+    texts = host.submit([Generate(prompt, task["max_tokens"]) for prompt in task["prompts"]])
+    logprobs = host.submit([LogLikelihood(*pair) for pair in task["pairs"]])
+    found.append({"texts": [t.text for t in texts], "logprobs": [p.logprob for p in logprobs]})
+    host._llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+json.dump(found, open(sys.argv[2], "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, object]]]:
+    """What plain vLLM (load_format auto), started afresh on each merge on disk, answers; by architecture."""
+    directory = tmp_path_factory.mktemp("plain")
+    roots = []
+    for arch in ("llama", "qwen3_moe"):
+        paths = make_family(directory / arch, arch)  # type: ignore[arg-type]
+        family = open_family(str(paths.pop("base")), {name: str(path) for name, path in paths.items()})
+        for index, mixture in enumerate(plain_mixtures(family.names)):
+            roots.append(directory / f"{arch}-{index}")
+            merge_to_directory(family, mixture, roots[-1])
+    task = {
+        "roots": [str(root) for root in roots],
+        "prompts": [*PROMPTS, LONG_PROMPT],
+        "pairs": PAIRS,
+        "max_tokens": MAX_TOKENS,
+        "max_model_len": MAX_POSITIONS,
+    }
+    (directory / "task.json").write_text(json.dumps(task))
+    (directory / "plain.py").write_text(PLAIN)
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "GOMP_SPINCOUNT": "1000"}
+    command = [sys.executable, str(directory / "plain.py"), str(directory / "task.json"), str(directory / "out.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((directory / "out.json").read_text())
+    return {"llama": found[:3], "qwen3_moe": found[3:]}
