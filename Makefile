@@ -26,10 +26,10 @@ type: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python benchmarks/bench_kernel.py --out benchmarks/results/bench_kernel-cpu.json
+	$(BIN)/python -m benchmarks.bench_kernel --out benchmarks/results/bench_kernel-cpu.json
 
 bench-gpu: setup
-	$(BIN)/python benchmarks/bench_kernel.py --device cuda --out benchmarks/results/bench_kernel-gpu.json
+	$(BIN)/python -m benchmarks.bench_kernel --device cuda --out benchmarks/results/bench_kernel-gpu.json
 
 clean:
 	rm -rf $(VENV) mergemix-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

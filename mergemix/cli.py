@@ -21,6 +21,7 @@ from mergemix.options import NamedValues, Size, collect
 
 PATHS = NamedValues(str)
 NUMBERS = NamedValues(float)
+PLAIN_WIDTH = 120  # columns of a table that goes to a file or a pipe
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 3
 
 Command = Callable[..., Any]
@@ -38,7 +39,8 @@ def common(command: Command) -> Command:
         if as_json:
             print(json.dumps(result, allow_nan=False), flush=True)
         else:
-            Console().print(table)
+            out = Console()
+            out.print(table, width=None if out.is_terminal else PLAIN_WIDTH)
 
     return wrapped
 
@@ -220,16 +222,8 @@ def demo(
 
     with RunProgress(console) as progress:
         models = prepare_demo(out, seed=seed, progress=progress.stage, quick=quick)
-        config = RunConfig(
-            experts={name: str(path) for name, path in models.experts.items()},
-            base=str(models.base),
-            bench=tuple(map(str, models.benchmarks)),
-            holdout=tuple(map(str, models.test_benchmarks)),
-            study=out / "study",
-            budget=budget,
-            seed=seed,
-            engine=engine,
-        )
+        given = load_config_file(models.config)  # what a user would write; `mergemix run` takes it too
+        config = RunConfig(**{**given, "study": Path(given["study"]), "budget": budget, "engine": engine})
         summary = run_study(config, progress)
     return summary, demo_table(summary, out)
 
@@ -262,7 +256,8 @@ def main() -> None:
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:
-        hint = f"\nTry '{error.ctx.command_path} --help'." if getattr(error, "ctx", None) else ""
+        context = getattr(error, "ctx", None)
+        hint = f"\nTry '{context.command_path} --help'." if context else ""
         fail(f"Usage error: {error.format_message()}{hint}", EXIT_USAGE)
     except (click.Abort, KeyboardInterrupt):
         fail(

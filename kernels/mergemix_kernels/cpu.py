@@ -26,7 +26,7 @@ from mergemix_kernels.weights import active_weights
 # 8 KiB of fp32 accumulators: they stay in the first-level cache beside the lines of the sources.
 BLOCK_ELEMENTS = 2048
 # The least work worth a thread: below two of these, waking another one costs more than it brings.
-MIN_RANGE_ELEMENTS = 1 << 15
+MIN_RANGE_ELEMENTS = 1 << 16
 # More ranges than threads, so that a thread on a busy core leaves its share to the others.
 RANGES_PER_THREAD = 4
 
@@ -147,21 +147,31 @@ def _sum_range(addresses, weights, begin, out):
     for start in range(0, out.size, BLOCK_ELEMENTS):
         count = min(BLOCK_ELEMENTS, out.size - start)
         offset = np.uint64(begin + start) * item_bytes
-        for i in range(count):
-            total[i] = np.float32(-0.0)  # the neutral element: -0.0 + x is x for every x, +0.0 + -0.0 is not
-        for k in range(0, weights.size - 1, 2):  # two sources a pass halve the trips of `total` to the cache
+        target = np.uint64(out.ctypes.data) + np.uint64(start) * item_bytes
+        # Two sources a pass, and the last two straight to `out`, halve the trips of `total` to the cache.
+        odd = weights.size % 2
+        if odd:
+            address, weight = addresses[0] + offset, weights[0]
+            for i in range(count):
+                total[i] = _load_as_float32(out, address, i) * weight
+        else:
+            for i in range(count):
+                total[i] = np.float32(-0.0)  # neutral: -0.0 + x is x for every x, but +0.0 + -0.0 is +0.0
+        for k in range(odd, weights.size, 2):
             first, second = addresses[k] + offset, addresses[k + 1] + offset
             weight, next_weight = weights[k], weights[k + 1]
+            if k < weights.size - 2:
+                for i in range(count):
+                    partial = total[i] + _load_as_float32(out, first, i) * weight
+                    total[i] = partial + _load_as_float32(out, second, i) * next_weight
+            else:
+                for i in range(count):
+                    partial = total[i] + _load_as_float32(out, first, i) * weight
+                    partial += _load_as_float32(out, second, i) * next_weight
+                    _store_rounded(out, target, i, partial)
+        if weights.size == 1:
             for i in range(count):
-                partial = total[i] + _load_as_float32(out, first, i) * weight
-                total[i] = partial + _load_as_float32(out, second, i) * next_weight
-        if weights.size % 2:
-            last, weight = addresses[weights.size - 1] + offset, weights[weights.size - 1]
-            for i in range(count):
-                total[i] += _load_as_float32(out, last, i) * weight
-        target = np.uint64(out.ctypes.data) + np.uint64(start) * item_bytes
-        for i in range(count):
-            _store_rounded(out, target, i, total[i])
+                _store_rounded(out, target, i, total[i])
     _exchange_float_control(callers_control)
 
 

@@ -25,7 +25,7 @@ def item_rows(
     unknown = sorted(set(candidates) - set(records))
     if unknown:
         raise ConfigError(f"the study has no candidate {unknown[0]}; it has 1 to {max(records, default=0)}")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "candidate": record.id,
             "mixture": record.mixture.as_dict(),

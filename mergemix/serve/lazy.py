@@ -8,7 +8,7 @@ operands, without a word about architectures, fused layouts or tensor-parallel s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -64,7 +64,7 @@ class LazyMerge(torch.Tensor):
         )
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Sequence[type],
@@ -98,9 +98,9 @@ class LazyMerge(torch.Tensor):
 
 
 def _rewrap(lazy: LazyMerge, outs: list[Any]) -> LazyMerge | list[LazyMerge]:
-    wrap: Callable[[Sequence[torch.Tensor]], LazyMerge] = lambda views: LazyMerge(
-        lazy.origin, views, lazy.recorder
-    )
+    def wrap(views: Sequence[torch.Tensor]) -> LazyMerge:
+        return LazyMerge(lazy.origin, views, lazy.recorder)
+
     if isinstance(outs[0], (list, tuple)):
         return [wrap(views) for views in zip(*outs, strict=True)]
     return wrap(outs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-
 from collections.abc import Sequence
 
 from mergemix.errors import ConfigError, EngineError, ProofError
@@ -19,7 +18,7 @@ SHOWN_PROBLEMS = 3
 
 
 def resolve_kind(kind: str) -> str:
-    """"vllm" or "hf": what "auto" stands for on this machine. Raises ConfigError when the kind cannot run here."""
+    """ "vllm" or "hf": what "auto" stands for on this machine. Raises ConfigError when the kind cannot run here."""
     installed = importlib.util.find_spec("vllm") is not None
     if kind == "auto":
         return "vllm" if installed else "hf"

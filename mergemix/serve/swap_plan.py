@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from mergemix_kernels import reference
@@ -52,7 +53,7 @@ class Copy:
 class SwapPlan:
     """Records the first load (it is the lazy tensors' Recorder), then replays it.
 
-    operands: their names, in the order of summation. coefficients: of the weights that were written last, one per
+    nbytes: bytes that a swap writes. operands: their names, in the order of summation. coefficients: of the weights that were written last, one per
     operand, 0.0 for those that are not read. unreplayable: why the plan must not be replayed; empty when it may be.
     """
 
@@ -61,6 +62,7 @@ class SwapPlan:
         self.coefficients = list(coefficients)
         self.copies: list[Copy] = []
         self.unreplayable: list[str] = []
+        self.nbytes = 0
         self._grouped: list[tuple[Origin, list[Copy], GroupedWeightedSum]] = []
         self._staged: list[Copy] = []
 
@@ -102,6 +104,7 @@ class SwapPlan:
         for name in _overlapping(self.copies):
             self.unreplayable.append(f"{name}: its place in the parameter overlaps another tensor's")
         moving = [copy for copy in self.copies if not copy.is_static]
+        self.nbytes = sum(copy.nbytes for copy in moving)
         self._staged = [copy for copy in moving if not copy.is_direct]
         by_classes: dict[tuple[int, ...], list[Copy]] = {}
         for copy in moving:
@@ -111,10 +114,14 @@ class SwapPlan:
             grouped = GroupedWeightedSum([(copy.sources, copy.destination) for copy in copies])
             self._grouped.append((copies[0].origin, copies, grouped))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that a swap writes."""
-        return sum(copy.nbytes for copy in self.copies if not copy.is_static)
+    def bytes_by_storage(self, *, static: bool = False) -> dict[int, int]:
+        """Bytes that a swap writes (with `static`: that the load wrote), by the address of the storage."""
+        written: dict[int, int] = {}
+        for copy in self.copies:
+            if static or not copy.is_static:
+                address = copy.destination.untyped_storage().data_ptr()
+                written[address] = written.get(address, 0) + copy.nbytes
+        return written
 
     def write(self, coefficients: Sequence[float]) -> None:
         """Write the merge with other coefficients into every destination that a mixture can change."""
@@ -238,14 +245,14 @@ def _overlapping(copies: Sequence[Copy]) -> list[str]:
     spans: dict[int, list[tuple[int, int, Copy]]] = {}
     for copy in copies:
         place = copy.destination
-        begin = place.storage_offset()
+        begin = int(place.storage_offset())
         end = begin + 1 + sum((n - 1) * s for n, s in zip(place.shape, place.stride(), strict=True))
         if place.numel():
             spans.setdefault(place.untyped_storage().data_ptr(), []).append((begin, end, copy))
     names = []
     for group in spans.values():
         group.sort(key=lambda span: span[:2])
-        if any(after[0] < before[1] for before, after in zip(group, group[1:], strict=False)):
+        if any(after[0] < before[1] for before, after in pairwise(group)):
             names += _sharing_elements([copy for _, _, copy in group])
     return names
 

@@ -136,10 +136,14 @@ class Transforms:
                 if raw in affected and not (raw.is_live() and raw.is_unchanged()):
                     problems.append(f"{where}: vLLM transformed it in a way that cannot be repeated")
             elif not raw.is_unchanged() and written.get(storage.data_ptr(), 0) != storage.nbytes():
-                problems.append(f"{where}: vLLM transformed it in place, and a swap would not rewrite all of it")
+                problems.append(
+                    f"{where}: vLLM transformed it in place, and a swap would not rewrite all of it"
+                )
         model = self._before[""][0]
         if _processes_itself(model):
-            problems.append(f"{type(model).__name__} processes all its weights after loading: that may not be repeatable")
+            problems.append(
+                f"{type(model).__name__} processes all its weights after loading: that may not be repeatable"
+            )
         return problems
 
     def reprocess(self) -> None:
@@ -202,7 +206,9 @@ def keep_addresses(entry: Transformed, previous: Mapping[Key, Mark]) -> None:
         if mark.token == old.token:
             continue
         if mark.token[1:] != old.token[1:]:
-            raise EngineError(f"{entry.name}.{key[1]}: processing the new weights gave another shape or layout")
+            raise EngineError(
+                f"{entry.name}.{key[1]}: processing the new weights gave another shape or layout"
+            )
         old.value.copy_(mark.value)
         kind, name = key
         if kind == "_parameters":

@@ -101,7 +101,9 @@ class VllmEngine(Engine):
 
     def _usable_process(self) -> EngineProcess:
         if self.poisoned:
-            raise PoisonedEngineError("an earlier swap failed halfway, or vLLM died: this engine must be rebuilt")
+            raise PoisonedEngineError(
+                "an earlier swap failed halfway, or vLLM died: this engine must be rebuilt"
+            )
         if self._process is None:
             raise EngineError("this engine is closed")
         return self._process
@@ -115,7 +117,14 @@ class EngineProcess:
         self._connection, theirs = Pipe()
         with theirs:
             descriptor = theirs.fileno()
-            command = [sys.executable, "-P", "-m", "mergemix.serve.vllm_host", str(descriptor), str(os.getpid())]
+            command = [
+                sys.executable,
+                "-P",
+                "-m",
+                "mergemix.serve.vllm_host",
+                str(descriptor),
+                str(os.getpid()),
+            ]
             self._child = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

@@ -71,7 +71,9 @@ class Host:
             if self._llm.reset_prefix_cache() is True:
                 return reports
             time.sleep(RESET_PAUSE_S)
-        raise PoisonedEngineError("vLLM would not reset its prefix cache, which holds the old weights' results")
+        raise PoisonedEngineError(
+            "vLLM would not reset its prefix cache, which holds the old weights' results"
+        )
 
     def submit(self, requests: Sequence[Request]) -> list[Output]:
         """All requests as one batch, answered in their order. Raises ConfigError for one that cannot fit."""

@@ -29,7 +29,7 @@ from mergemix.serve.transforms import Transforms
 KEYS = ("experts", "base", "weights")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Loaded:
     """What a swap needs of a loaded model, on this rank; kept as its attribute `mergemix`.
 
@@ -40,7 +40,7 @@ class Loaded:
     plan: SwapPlan
     transforms: Transforms
     uncovered: Mapping[str, int]
-    problems: tuple[str, ...]
+    problems: list[str]
 
 
 class MergeLoader(BaseModelLoader):
@@ -49,13 +49,13 @@ class MergeLoader(BaseModelLoader):
     def download_model(self, model_config: ModelConfig) -> None:
         """Nothing to do ahead: `open_family` downloads what is not local."""
 
-    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+    def load_weights(self, model: Any, model_config: ModelConfig) -> None:
         """Merge into the parameters of `model`.
 
         Raises ConfigError for a bad model_loader_extra_config, CheckpointError for checkpoints that cannot be
         merged or do not hold all parameters, NonFiniteError naming tensor and operand.
         """
-        # Not above: a worker that has llvmlite imported when it starts up trips over it (vLLM looks through all modules).
+        # Not above: llvmlite, if imported before a worker starts up, breaks vLLM's search through all modules.
         from mergemix.serve.operands import lazy_weights
 
         family, mixture = parse_config(self.load_config.model_loader_extra_config, model_config.model)
@@ -65,7 +65,7 @@ class MergeLoader(BaseModelLoader):
         plan.seal(transforms.tensors())
         uncovered = _uncovered(model, plan)
         _check_complete(model, loaded, uncovered)
-        model.mergemix = (plan, transforms, uncovered)
+        model.mergemix = Loaded(plan, transforms, uncovered, plan.unreplayable)
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, **kwargs: Any) -> nn.Module:
         """Load as every loader does, then see which modules vLLM transformed."""
@@ -73,14 +73,8 @@ class MergeLoader(BaseModelLoader):
         if hasattr(model_config, "word_embeddings_untied_by_checkpoint"):
             model_config.word_embeddings_untied_by_checkpoint = False
         model = super().load_model(vllm_config=vllm_config, model_config=model_config, **kwargs)
-        plan, transforms, uncovered = model.mergemix
-        written: dict[int, int] = {}
-        for copy in plan.copies:
-            if not copy.is_static:
-                address = copy.destination.untyped_storage().data_ptr()
-                written[address] = written.get(address, 0) + copy.nbytes
-        problems = plan.unreplayable + transforms.settle(written, model_config.dtype)
-        model.mergemix = Loaded(plan, transforms, uncovered, tuple(problems))
+        loaded: Loaded = model.mergemix  # type: ignore[assignment]
+        loaded.problems += loaded.transforms.settle(loaded.plan.bytes_by_storage(), model_config.dtype)
         return model
 
 
@@ -91,7 +85,7 @@ def parse_config(extra: Any, model: str) -> tuple[Family, Mixture]:
     """
     if not isinstance(extra, Mapping) or not isinstance(extra.get("experts"), Mapping):
         raise ConfigError(
-            'load format mergemix needs model_loader_extra_config \'{"experts": {NAME: PATH, ...}}\', '
+            "load format mergemix needs model_loader_extra_config '{\"experts\": {NAME: PATH, ...}}', "
             f"but got {extra!r}"
         )
     if unknown := sorted(set(extra) - set(KEYS)):
@@ -110,14 +104,13 @@ def parse_config(extra: Any, model: str) -> tuple[Family, Mixture]:
 
 def _uncovered(model: nn.Module, plan: SwapPlan) -> dict[str, int]:
     """Bytes of each parameter that no checkpoint tensor was copied into."""
-    covered: dict[int, int] = {}
-    for copy in plan.copies:
-        address = copy.destination.untyped_storage().data_ptr()
-        covered[address] = covered.get(address, 0) + copy.nbytes
+    covered = plan.bytes_by_storage(static=True)
     missing = {}
     for name, parameter in model.named_parameters():
         if isinstance(parameter.data, LazyMerge):
-            raise CheckpointError(f"vLLM keeps {name} as the loader gave it: this architecture cannot be merged live")
+            raise CheckpointError(
+                f"vLLM keeps {name} as the loader gave it: this architecture cannot be merged live"
+            )
         nbytes = parameter.numel() * parameter.element_size()
         rest = nbytes - covered.get(parameter.untyped_storage().data_ptr(), 0)
         if rest > 0:

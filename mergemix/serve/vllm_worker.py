@@ -127,12 +127,14 @@ def _gives_back_columns(entry: Transformed) -> bool:
     """One-hot inputs through the layer's own kernel: every output is one weight, exactly."""
     module: nn.Module = entry.module
     weights = [raw.data for raw in entry.raw if raw.name == "weight" and raw.data.dim() == 2]
-    method = getattr(module, "quant_method", None)
+    method: Any = getattr(module, "quant_method", None)
     if not weights or not hasattr(method, "apply") or not weights[0].is_floating_point():
         return True
     weight = weights[0]
     generator = torch.Generator(device="cpu").manual_seed(0)  # vLLM's own generator stays as it is
-    columns = torch.randperm(weight.shape[1], generator=generator, device="cpu")[:PROBED_COLUMNS].to(weight.device)
+    columns = torch.randperm(weight.shape[1], generator=generator, device="cpu")[:PROBED_COLUMNS].to(
+        weight.device
+    )
     inputs = torch.zeros(len(columns), weight.shape[1], dtype=weight.dtype, device=weight.device)
     inputs[torch.arange(len(columns), device=weight.device), columns] = 1
     outputs = method.apply(module, inputs, bias=None)

@@ -33,15 +33,17 @@ def states(demo):
 
 
 def mean_loglikelihood(path, benchmark):
+    """Of the answers, summed over their tokens; padding on the right cannot be seen from the left."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    total = 0.0
-    for item in benchmark.items:
-        ids = torch.tensor([tokenizer(item.prompt + item.answers[0])["input_ids"]])
-        answer = len(item.answers[0])
-        with torch.inference_mode():
-            logprobs = model(ids).logits[0].float().log_softmax(-1)
-        total += logprobs[:-1].gather(-1, ids[0, 1:, None])[-answer:].sum().item()
-    return total / len(benchmark.items)
+    texts = [item.prompt + item.answers[0] for item in benchmark.items]
+    ids = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        logprobs = model(ids).logits.float().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    totals = [
+        row[len(item.prompt) : len(text)].sum()
+        for row, item, text in zip(logprobs, benchmark.items, texts, strict=True)
+    ]
+    return torch.stack(totals).mean().item()
 
 
 def test_models_load_and_are_one_family(made):

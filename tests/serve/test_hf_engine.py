@@ -223,6 +223,8 @@ def test_settings_of_the_checkpoint_do_not_change_greedy_answers(tmp_path: Path)
         "eos_token_id": 1,
     }
     (paths["base"] / "generation_config.json").write_text(json.dumps(given))
+    config = json.loads((paths["base"] / "config.json").read_text())
+    (paths["base"] / "config.json").write_text(json.dumps({**config, "repetition_penalty": 5.0}))
     with start(family) as engine:
         assert engine.submit(REQUESTS) == expected
 
@@ -230,13 +232,14 @@ def test_settings_of_the_checkpoint_do_not_change_greedy_answers(tmp_path: Path)
 def test_generation_ends_soon_after_every_answer_has_said_its_stop(tmp_path: Path) -> None:
     family, _ = tiny_family(tmp_path)
     with start(family) as engine:
-        (answer,) = engine.generate([Generate("the cat 12", 4)])
-        steps = []
+        *shorter, answer = engine.generate([Generate("the cat 12", n) for n in range(1, 5)])
+        stop = answer.text[1:3]
+        steps: list[int] = []
         engine._model.register_forward_hook(lambda *_: steps.append(1))
-        (stopped,) = engine.generate([Generate("the cat 12", 100, (answer.text[1:3],))])
-        assert stopped.text == answer.text[:1]
-        assert stopped.num_tokens <= answer.num_tokens
+        (stopped,) = engine.generate([Generate("the cat 12", 100, (stop,))])
         assert len(steps) <= 8
+        assert stopped.text == answer.text[:1]
+        assert stopped.num_tokens == next(each.num_tokens for each in [*shorter, answer] if stop in each.text)
 
 
 def test_max_model_len_shortens_prompts_and_cannot_exceed_the_model(tmp_path: Path) -> None:

@@ -9,20 +9,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from mergemix.checkpoints.family import Family, open_family
-from mergemix.errors import EngineError, NonFiniteError, PoisonedEngineError
 from mergemix.merge import merge_to_directory
 from mergemix.mixture import Mixture
 from mergemix.serve import open_engine
 from mergemix.serve.engine import EngineSpec, Generate, LogLikelihood
-from mergemix.serve.engine_log import EngineLog
 from mergemix.serve.proof import prove
-from mergemix.serve.vllm_engine import EngineProcess, VllmEngine, engine_args
+from mergemix.serve.vllm_engine import VllmEngine
 from tests.serve.conformance import PAIRS, PROMPTS, EngineConformance, StartEngine
 from tests.serve.tiny_models import MAX_POSITIONS, make_family
 
@@ -36,12 +31,16 @@ LONG_PROMPT = "the cat 12 in the hat " * 12
 @pytest.fixture(scope="module", autouse=True)
 def importable_by_workers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
+        patch.setenv(
+            "PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        )
         yield
 
 
 def spec(family: Family, log: Path, **options: object) -> EngineSpec:
-    return EngineSpec(family, kind="vllm", max_model_len=MAX_POSITIONS, log=log, options={**FAULTY, **options})
+    return EngineSpec(
+        family, kind="vllm", max_model_len=MAX_POSITIONS, log=log, options={**FAULTY, **options}
+    )
 
 
 class VllmConformance(EngineConformance):
@@ -104,7 +103,9 @@ class TestQwen3Moe(VllmConformance):
     arch = "qwen3_moe"
     victim = "experts"
 
-    def test_the_proof_notices_experts_that_are_not_packed_again(self, engine: VllmEngine, family: Family) -> None:
+    def test_the_proof_notices_experts_that_are_not_packed_again(
+        self, engine: VllmEngine, family: Family
+    ) -> None:
         uniform = Mixture.uniform(family.names)
         engine.apply(uniform)
         self.set_fault(engine, "kernel kept", "experts")
@@ -172,7 +173,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     (directory / "task.json").write_text(json.dumps(task))
     (directory / "plain.py").write_text(PLAIN)
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "GOMP_SPINCOUNT": "1000"}
-    command = [sys.executable, str(directory / "plain.py"), str(directory / "task.json"), str(directory / "out.json")]
+    command = [
+        sys.executable,
+        str(directory / "plain.py"),
+        str(directory / "task.json"),
+        str(directory / "out.json"),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((directory / "out.json").read_text())
