@@ -39,8 +39,7 @@ def common(command: Command) -> Command:
         if as_json:
             print(json.dumps(result, allow_nan=False), flush=True)
         else:
-            out = Console()
-            out.print(table, width=None if out.is_terminal else PLAIN_WIDTH)
+            Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
 
     return wrapped
 

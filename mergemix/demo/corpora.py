@@ -151,22 +151,22 @@ def make_corpora(seed: int, *, documents: int, items: int, people: int) -> Corpo
     """The same corpora for the same arguments, on every machine.
 
     documents: training documents of each domain. items: benchmark items of each capability for the search, and
-    as many again for the test; at most half of the 3 * people facts. people: see World.
+    as many again for the test; of facts, half of those known if that is fewer. people: see World.
     """
     world = World(seed, people=people)
     held_out = {capability: _held_out(world, capability, seed, 2 * items) for capability in CAPABILITIES}
     return Corpora(
         documents={domain: _documents(world, domain, seed, documents, held_out) for domain in DOMAINS},
-        search={capability: drawn[:items] for capability, drawn in held_out.items()},
-        test={capability: drawn[items:] for capability, drawn in held_out.items()},
+        search={capability: drawn[0::2] for capability, drawn in held_out.items()},
+        test={capability: drawn[1::2] for capability, drawn in held_out.items()},
     )
 
 
 def _held_out(world: World, capability: str, seed: int, count: int) -> list[Item]:
-    """`count` items with different prompts."""
+    """`count` items with different prompts; of facts, as many as are known."""
     rng = random.Random(f"items {capability} {seed}")
     if capability == "facts":
-        return rng.sample(world.known, count)
+        return rng.sample(world.known, min(count, len(world.known)))
     items: dict[str, Item] = {}
     while len(items) < count:
         item = world.draw(capability, rng)

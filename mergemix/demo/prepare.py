@@ -22,10 +22,12 @@ from mergemix.errors import OutputError
 class Demo:
     """Where everything is.
 
-    benchmarks: YAML files that the search sees. test_benchmarks: the same tasks with other items.
+    config: a study.yaml for `mergemix run`. benchmarks: YAML files that the search sees. test_benchmarks:
+    the same tasks with other items.
     training[model]: steps, learning rate, tokens, losses, seconds. reused: models that were there already.
     """
 
+    config: Path
     base: Path
     experts: dict[str, Path]
     benchmarks: list[Path]
@@ -61,7 +63,17 @@ def prepare(directory: Path, settings: Settings, progress: Callable[[str], None]
     family = ModelFamily(directory / "models", corpora, settings, progress)
     base = family.base()
     experts = {domain: family.expert(domain) for domain in DOMAINS}
-    return Demo(base, experts, benchmarks, test_benchmarks, family.training, tuple(family.reused))
+    config = directory / "study.yaml"
+    study = {
+        "base": "models/base",
+        "experts": {domain: f"models/{domain}" for domain in experts},
+        "bench": "benchmarks",
+        "holdout": "test-benchmarks",
+        "study": "study",
+        "seed": settings.seed,
+    }
+    _write(config, yaml.safe_dump(study, sort_keys=False))
+    return Demo(config, base, experts, benchmarks, test_benchmarks, family.training, tuple(family.reused))
 
 
 def _write_benchmarks(directory: Path, items: dict[str, list[Item]]) -> list[Path]:

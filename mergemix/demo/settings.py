@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 
 # What the base has read, and what fills half of every expert's batches: a crawl, with its share of spam.
-GENERAL = {"math": 0.2, "code": 0.2, "facts": 0.15, "language": 0.3, "spam": 0.15}
+GENERAL = {"math": 0.25, "code": 0.2, "facts": 0.28, "language": 0.17, "spam": 0.1}
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,22 @@ class Horizon:
 
 @dataclass(frozen=True)
 class Settings:
-    """documents: of each domain. items: of each benchmark, and as many for the test. people: of whom facts are known.
+    """How large everything is.
 
-    length: tokens of a training sequence. general_share: the part of every expert's batches that is general data;
-    component models that keep about half merge better (DeMix, arXiv 2602.00747).
+    documents: of each domain. items: of each benchmark, and as many for the test (of facts, at most half of
+    those known). people: of whom three facts each are known. length: tokens of a training sequence.
+    general_share: the part of every expert's batches that is general data; component models that keep about
+    half merge better (DeMix, arXiv 2602.00747).
     """
 
     seed: int = 0
     documents: int = 30_000
     items: int = 300
-    people: int = 220
+    people: int = 105
     shape: Shape = field(default_factory=Shape)
     length: int = 64
-    base: Horizon = Horizon(steps=700, batch=32, learning_rate=2e-3, final_learning_rate=4e-4, warmup=50)
-    expert: Horizon = Horizon(steps=60, batch=32, learning_rate=2e-4)
+    base: Horizon = Horizon(steps=750, batch=32, learning_rate=2e-3, final_learning_rate=2e-4, warmup=50)
+    expert: Horizon = Horizon(steps=100, batch=32, learning_rate=2e-4)
     general_share: float = 0.5
     threads: int = min(4, os.cpu_count() or 1)  # matrices this small gain nothing from more
 

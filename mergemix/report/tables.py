@@ -58,10 +58,11 @@ def demo_table(summary: Mapping[str, Any], out: Path) -> RenderableType:
         *_gains(summary["holdout"]),
         "",
         "Where to look next:",
-        f"  {study / 'mixture.json'}: this answer    {study / 'study.sqlite'}: all evidence",
-        f"  {out / 'models'}: base and experts    {out / 'benchmarks'}: what they were asked",
-        f"  mergemix items --study {study} --candidate 1 --below -2   what one candidate got wrong",
-        f"  mergemix run --config {out / 'study.yaml'} --budget 60       goes on with this search",
+        f"  {study / 'mixture.json'}: this answer",
+        f"  {study / 'study.sqlite'}: all evidence",
+        f"  {out / 'models'}, {out / 'benchmarks'}: the experts, and what they were asked",
+        f"  mergemix items --study {study} --candidate 1 --below -2: where a candidate lost most",
+        f"  mergemix run --config {out / 'study.yaml'} --engine {summary['engine']} --budget 60: more of this search",
     ]
     return Group(run_table(summary), Text("\n".join(lines)))
 

@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
-from mergemix_kernels import cpu
 
 from mergemix.checkpoints.checkpoint import Checkpoint, TensorInfo
 from mergemix.checkpoints.family import Family
 from mergemix.errors import CheckpointError
 from mergemix.serve.coefficients import operands
 from mergemix.serve.lazy import LazyMerge, Origin, Recorder
+from mergemix_kernels import cpu
 
 TORCH_DTYPES = {
     "BF16": torch.bfloat16,

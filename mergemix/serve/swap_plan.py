@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from mergemix_kernels import reference
-from mergemix_kernels.dispatch import GroupedWeightedSum
 
 from mergemix.errors import NonFiniteError
 from mergemix.serve.lazy import LazyMerge, Origin
+from mergemix_kernels import reference
+from mergemix_kernels.dispatch import GroupedWeightedSum
 
 # Bounds what a swap stages at a time, per operand, where sources and destination differ in device or dtype.
 STAGE_BYTES = 256 << 20
@@ -53,8 +53,9 @@ class Copy:
 class SwapPlan:
     """Records the first load (it is the lazy tensors' Recorder), then replays it.
 
-    nbytes: bytes that a swap writes. operands: their names, in the order of summation. coefficients: of the weights that were written last, one per
+    operands: their names, in the order of summation. coefficients: of the weights that were written last, one per
     operand, 0.0 for those that are not read. unreplayable: why the plan must not be replayed; empty when it may be.
+    nbytes: what a swap writes.
     """
 
     def __init__(self, operands: Sequence[str], coefficients: Sequence[float]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Pipe
 from typing import Any
 
-from mergemix.errors import EngineError, PoisonedEngineError
+from mergemix.errors import EngineError, MergeMixError, PoisonedEngineError
 from mergemix.mixture import Mixture
 from mergemix.serve.coefficients import coefficients
 from mergemix.serve.engine import Engine, EngineSpec, Output, Request, Swap
@@ -50,7 +50,7 @@ class VllmEngine(Engine):
             started = self._process.call("start", engine_args(spec, initial))
         except BaseException as error:
             self.close()
-            if isinstance(error, EngineError):
+            if isinstance(error, MergeMixError):
                 raise EngineError(f"vLLM did not start: {error}") from error
             raise
         self.version: str = started["version"]

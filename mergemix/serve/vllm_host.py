@@ -50,10 +50,7 @@ class Host:
         args = {"enforce_eager": on_cpu, **args}
         self._llm = LLM(**args)
         if on_cpu and args["enforce_eager"]:
-            import torch
-
-            # vLLM compiles its sampler's helpers even then: 5 s at the first request, for nothing on a CPU.
-            torch.compiler.set_stance("force_eager")
+            self.call_workers("mergemix_compile_nothing")
         max_model_len = self._llm.llm_engine.vllm_config.model_config.max_model_len
         self._encoder = RequestEncoder(tokenizer, max_model_len)
         return {"version": __version__, "max_model_len": max_model_len}

@@ -9,7 +9,6 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
-from torch import nn
 
 from mergemix.errors import EngineError
 from mergemix.serve.swap_plan import same_bits
@@ -53,16 +52,18 @@ class MergeWorker:
             if check != "none":
                 bad = plan.mismatches(coefficients, sample=check == "sample")
                 problems += [f"{name}: the live weights differ from the reference" for name in bad]
-            before = [marks(entry.module) for entry in loaded.transforms.modules]
+            witnesses = [Witness(entry) for entry in loaded.transforms.modules] if check != "none" else []
             begin = time.perf_counter()
             self.mergemix_reprocess(loaded.transforms)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds += time.perf_counter() - begin
-            if check != "none":
-                for entry, old in zip(loaded.transforms.modules, before, strict=True):
-                    problems += examine(entry, old)
+            problems += [problem for witness in witnesses for problem in witness.problems()]
         return {"seconds": seconds, "bytes_written": plan.nbytes, "problems": problems}
+
+    def mergemix_compile_nothing(self) -> None:
+        """vLLM compiles its sampler's helpers even with enforce_eager: 5 s at the first request, on a CPU for nothing."""
+        torch.compiler.set_stance("force_eager")
 
     def mergemix_write(self, plan: Any, coefficients: Sequence[float]) -> None:
         plan.write(coefficients)
@@ -90,22 +91,48 @@ class MergeWorker:
             yield
 
 
-def examine(entry: Transformed, before: dict[Any, Mark]) -> list[str]:
-    """Why the module does not use its new weights, as far as can be seen from outside; empty when it does.
+class Witness:
+    """Looks at a transformed module between the rewriting of its raw weights and its processing, then again.
 
-    before: its state ahead of the swap. What processing makes must have been made anew, and a linear layer must
-    give back the very columns of its raw weight.
+    What processing makes must have been made anew, and a linear layer must give back the very columns of its raw
+    weight, which is all that can be seen from outside.
     """
-    after = marks(entry.module)
-    on_cpu = all(raw.data.device.type == "cpu" for raw in entry.raw)
-    problems = [
-        f"{entry.name}.{key[1]}: it was not made anew from the new weights"
-        for key in entry.changed
-        if on_cpu and key in before and key in after and _is_stale(before[key], after[key])
-    ]
-    if not _gives_back_columns(entry):
-        problems.append(f"{entry.name}: it does not compute with its new weights")
-    return problems
+
+    def __init__(self, entry: Transformed) -> None:
+        self._entry = entry
+        self._before = marks(entry.module)
+        self._columns: torch.Tensor | None = None
+        weights = [raw.data for raw in entry.raw if raw.name == "weight" and raw.data.dim() == 2]
+        if weights and weights[0].is_floating_point() and hasattr(getattr(entry.module, "quant_method", None), "apply"):
+            generator = torch.Generator(device="cpu").manual_seed(0)  # vLLM's own generator stays as it is
+            chosen = torch.randperm(weights[0].shape[1], generator=generator, device="cpu")[:PROBED_COLUMNS]
+            self._columns = chosen.to(weights[0].device)
+            self._inputs = one_hot(self._columns, weights[0].shape[1], weights[0].dtype)
+            self._expected = weights[0][:, self._columns].t().contiguous()
+
+    def problems(self) -> list[str]:
+        """Why the module does not use its new weights; empty when it does, as far as can be seen."""
+        entry, after = self._entry, marks(self._entry.module)
+        on_cpu = all(raw.data.device.type == "cpu" for raw in entry.raw)
+        found = [
+            f"{entry.name}.{key[1]}: it was not made anew from the new weights"
+            for key in entry.changed
+            if on_cpu and key in self._before and key in after and _is_stale(self._before[key], after[key])
+        ]
+        if self._columns is not None:
+            method: Any = entry.module.quant_method
+            outputs = method.apply(entry.module, self._inputs, bias=None).to(self._expected.dtype)
+            # Adding 0.0 turns -0.0, which a kernel may give or not, into 0.0.
+            if not same_bits(outputs + 0.0, self._expected + 0.0):
+                found.append(f"{entry.name}: it does not compute with its new weights")
+        return found
+
+
+def one_hot(columns: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Inputs (len(columns), width) through which a linear layer shows these columns of its weight, exactly."""
+    inputs = torch.zeros(len(columns), width, dtype=dtype, device=columns.device)
+    inputs[torch.arange(len(columns), device=columns.device), columns] = 1
+    return inputs
 
 
 def _is_stale(before: Mark, after: Mark) -> bool:
@@ -121,22 +148,3 @@ def _is_stale(before: Mark, after: Mark) -> bool:
     if isinstance(value, (FunctionType, BuiltinFunctionType)) and not getattr(value, "__closure__", None):
         return False
     return value is before.value
-
-
-def _gives_back_columns(entry: Transformed) -> bool:
-    """One-hot inputs through the layer's own kernel: every output is one weight, exactly."""
-    module: nn.Module = entry.module
-    weights = [raw.data for raw in entry.raw if raw.name == "weight" and raw.data.dim() == 2]
-    method: Any = getattr(module, "quant_method", None)
-    if not weights or not hasattr(method, "apply") or not weights[0].is_floating_point():
-        return True
-    weight = weights[0]
-    generator = torch.Generator(device="cpu").manual_seed(0)  # vLLM's own generator stays as it is
-    columns = torch.randperm(weight.shape[1], generator=generator, device="cpu")[:PROBED_COLUMNS].to(
-        weight.device
-    )
-    inputs = torch.zeros(len(columns), weight.shape[1], dtype=weight.dtype, device=weight.device)
-    inputs[torch.arange(len(columns), device=weight.device), columns] = 1
-    outputs = method.apply(module, inputs, bias=None)
-    # Adding 0.0 turns -0.0, which a kernel may give or not, into 0.0.
-    return same_bits(outputs.to(weight.dtype) + 0.0, weight[:, columns].t().contiguous() + 0.0)

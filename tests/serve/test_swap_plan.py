@@ -21,14 +21,21 @@ from mergemix.serve.operands import equality_classes, lazy_weights
 from mergemix.serve.swap_plan import SwapPlan, pieces, same_bits
 
 NAMES = ("math", "code", "web")
-MIXTURES = [(1.0, 0.0, 0.0), (0.2, 0.5, 0.3), (0.0, 0.0, 1.0), (0.0, 0.5, 0.5), (0.5, 0.1, 0.1), (0.0, 0.0, 0.0)]
+MIXTURES = [
+    (1.0, 0.0, 0.0),
+    (0.2, 0.5, 0.3),
+    (0.0, 0.0, 1.0),
+    (0.0, 0.5, 0.5),
+    (0.5, 0.1, 0.1),
+    (0.0, 0.0, 0.0),
+]
 
 
 def checkpoint(seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator).to(dtype)
 
     return {
         "embed": noise(11, 8),
@@ -59,7 +66,11 @@ class Parameters:
 
     def __init__(self, dtype: torch.dtype) -> None:
         def empty(*shape: int, of: torch.dtype = dtype) -> torch.nn.Parameter:
-            value = torch.full(shape, 7, dtype=of) if not of.is_floating_point else torch.full(shape, torch.nan, dtype=of)
+            value = (
+                torch.full(shape, 7, dtype=of)
+                if not of.is_floating_point
+                else torch.full(shape, torch.nan, dtype=of)
+            )
             return torch.nn.Parameter(value, requires_grad=False)
 
         self.embed = empty(16, 8)  # vocabulary padded
@@ -115,7 +126,9 @@ def dtype_of(family: Family) -> torch.dtype:
 
 
 @pytest.fixture(scope="module")
-def from_disk(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[float, ...]], Parameters]:
+def from_disk(
+    family: Family, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[tuple[float, ...]], Parameters]:
     """Parameters loaded from the merge on disk, plainly."""
 
     def load(weights: tuple[float, ...]) -> Parameters:

@@ -9,15 +9,20 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from mergemix.checkpoints.family import Family, open_family
+from mergemix.errors import EngineError, NonFiniteError, PoisonedEngineError
 from mergemix.merge import merge_to_directory
 from mergemix.mixture import Mixture
 from mergemix.serve import open_engine
 from mergemix.serve.engine import EngineSpec, Generate, LogLikelihood
+from mergemix.serve.engine_log import EngineLog
 from mergemix.serve.proof import prove
-from mergemix.serve.vllm_engine import VllmEngine
+from mergemix.serve.vllm_engine import EngineProcess, VllmEngine, engine_args
 from tests.serve.conformance import PAIRS, PROMPTS, EngineConformance, StartEngine
 from tests.serve.tiny_models import MAX_POSITIONS, make_family
 
@@ -47,7 +52,8 @@ class VllmConformance(EngineConformance):
     victim: str  # a module that vLLM transforms after loading
 
     @pytest.fixture(scope="class")
-    def make_engine(self, tmp_path_factory: pytest.TempPathFactory) -> StartEngine:
+    @classmethod
+    def make_engine(cls, tmp_path_factory: pytest.TempPathFactory) -> StartEngine:
         log = tmp_path_factory.mktemp("logs") / "engine.log"
         return lambda family, initial: open_engine(spec(family, log), initial)
 
@@ -183,3 +189,91 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((directory / "out.json").read_text())
     return {"llama": found[:3], "qwen3_moe": found[3:]}
+
+
+def session_of(process: EngineProcess) -> list[psutil.Process]:
+    def belongs(candidate: psutil.Process) -> bool:
+        try:
+            return (
+                os.getpgid(candidate.pid) == process._child.pid and candidate.status() != psutil.STATUS_ZOMBIE
+            )
+        except (psutil.Error, ProcessLookupError):
+            return False
+
+    return [candidate for candidate in psutil.process_iter() if belongs(candidate)]
+
+
+def test_a_start_that_fails_says_why_and_leaves_no_process(tmp_path: Path) -> None:
+    paths = make_family(tmp_path, "llama", experts=2)
+    file = paths["code"] / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("k_proj.weight"))
+    tensors[name][1, 2] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    family = open_family(None, {name: str(paths[name]) for name in ("math", "code")})
+    initial = Mixture.one_hot(family.names, "math")
+    good = spec(family, tmp_path / "engine.log")
+    process = EngineProcess(EngineLog(good.log))
+    try:
+        with pytest.raises(EngineError, match="no_such_argument"):
+            process.call("start", engine_args(spec(family, tmp_path / "log", no_such_argument=1), initial))
+        with pytest.raises(NonFiniteError, match=rf"{name}.*code"):
+            process.call("start", engine_args(good, initial))
+        assert session_of(process)
+    finally:
+        process.stop()
+    assert session_of(process) == []
+    process.stop()
+
+
+def test_a_process_that_dies_is_noticed(tmp_path: Path) -> None:
+    process = EngineProcess(EngineLog(tmp_path / "engine.log"))
+    process._child.kill()
+    with pytest.raises(PoisonedEngineError, match="SIGKILL"):
+        process.call("submit", [])
+    process.stop()
+    assert session_of(process) == []
+
+
+def test_an_engine_does_not_outlive_its_parent(tmp_path: Path) -> None:
+    script = (
+        "import time; from pathlib import Path\n"
+        "from mergemix.serve.engine_log import EngineLog\n"
+        "from mergemix.serve.vllm_engine import EngineProcess\n"
+        f"process = EngineProcess(EngineLog(Path({str(tmp_path / 'engine.log')!r})))\n"
+        "print(process._child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as parent:
+        assert parent.stdout is not None
+        engine = psutil.Process(int(parent.stdout.readline()))
+        assert engine.is_running()
+        parent.kill()
+    _, alive = psutil.wait_procs([engine], timeout=10)
+    assert not alive
+
+
+def test_two_ranks_swap_each_their_own_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+    paths = make_family(tmp_path, "llama", experts=2)
+    family = open_family(str(paths["base"]), {name: str(paths[name]) for name in ("math", "code")})
+    log = tmp_path / "engine.log"
+    two_ranks = EngineSpec(family, "vllm", max_model_len=MAX_POSITIONS, tensor_parallel_size=2, log=log)
+    with open_engine(two_ranks, Mixture.uniform(family.names)) as engine:
+        assert isinstance(engine, VllmEngine)
+        assert engine.proven
+        ranks = engine.describe()
+        assert len(ranks) == 2
+        whole = sum(tensor.nbytes for tensor in family.template.tensors.values())
+        assert all(rank["bytes_written"] < 0.7 * whole for rank in ranks)
+        engine.apply(Mixture.base_only(family.names))
+        process = engine._process
+    assert process is not None
+    assert session_of(process) == []
+    assert "Worker" in log.read_text()
+    assert capfd.readouterr().out == ""
