@@ -11,6 +11,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -46,12 +47,26 @@ def numpy_dtype(dtype: str) -> np.dtype:
 
 
 def _compiled(function: Callable) -> Callable:
-    """Compile on first use, without the GIL, and keep the machine code on disk where any place allows it."""
+    """Compile on first use, without the GIL, and keep the machine code on disk where that is possible."""
     options = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
     try:
-        return numba.njit(cache=True, **options)(function)
+        dispatcher = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither beside the source nor in the user's cache directory may be written
         return numba.njit(**options)(function)
+    machine_code = dispatcher._cache
+    save = machine_code.save_overload
+
+    def save_if_possible(signature, compiled):
+        """Numba saves during the first call, which must not fail because a disk is full."""
+        try:
+            save(signature, compiled)
+        except OSError:
+            # The index is written first. Without its data it could name a file left by an older source.
+            with suppress(OSError):
+                os.unlink(machine_code._cache_file._index_path)
+
+    machine_code.save_overload = save_if_possible
+    return dispatcher
 
 
 # The kernels tell the formats apart by the type of the destination array: uint16 holds BF16, int16 holds
@@ -256,7 +271,7 @@ def weighted_sum(
 ) -> None:
     """out = sum of weights[k] * sources[k], accumulated in fp32 in the given order, rounded once.
 
-    `sources` (1 to 64) and `out` are contiguous 1-D arrays of one length and of `numpy_dtype(dtype)`.
+    `sources` (1 to MAX_SOURCES) and `out` are contiguous 1-D arrays of one length and of `numpy_dtype(dtype)`.
     `out` may be one of the sources; it must not overlap one in part. Sources of weight zero are skipped.
 
     Raises ValueError for arrays of another kind, an unknown dtype, or weights that `active_weights` refuses.

@@ -10,7 +10,7 @@ from mergemix_kernels.weights import MAX_SOURCES, active_weights
 Group = tuple[Sequence[torch.Tensor], torch.Tensor]  # (sources, out)
 
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-# Elements of a strided group that are gathered at a time: at most 4 MiB (fp32) of temporaries per source.
+# Elements of a strided group that are gathered at a time: at most 4 MiB (fp32) of scratch per source.
 PIECE_ELEMENTS = 1 << 20
 
 
@@ -40,17 +40,15 @@ def _flatten(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
     return [tensor.view(-1) for tensor in permuted]
 
 
-def _pieces(tensors: Sequence[torch.Tensor]) -> Iterator[Sequence[torch.Tensor]]:
-    """Matching views that cover all tensors, each of at most PIECE_ELEMENTS elements."""
-    numel = tensors[-1].numel()
-    if numel <= PIECE_ELEMENTS:
+def pieces(tensors: Sequence[torch.Tensor], limit: int) -> Iterator[Sequence[torch.Tensor]]:
+    """Matching views that together cover `tensors` (equal shapes), each of at most `limit` elements."""
+    if tensors[0].numel() <= limit:
         yield tensors
         return
-    dim = max(range(tensors[-1].dim()), key=lambda d: tensors[-1].shape[d])
-    length = tensors[-1].shape[dim]
-    step = max(1, PIECE_ELEMENTS * length // numel)
+    dim = max(range(tensors[0].dim()), key=lambda d: tensors[0].shape[d])
+    step = max(1, limit * tensors[0].shape[dim] // tensors[0].numel())
     for part in zip(*(tensor.split(step, dim) for tensor in tensors), strict=True):
-        yield from _pieces(part)
+        yield from pieces(part, limit)
 
 
 class _CpuGroups:
@@ -84,21 +82,39 @@ def _flat_backend(device: torch.device) -> Callable[[Sequence[Group]], Callable[
     raise ValueError(f"tensors must be on a CPU or a GPU that Triton can use, but got device {device}")
 
 
-def _sum_strided(sources: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor) -> None:
-    """Gather, sum and scatter piece by piece."""
-    active, _ = active_weights(weights, len(sources))
-    used = [weights[k] for k in active]
-    backend = _flat_backend(out.device)
-    for *parts, target in _pieces([*(sources[k] for k in active), out]):
-        result = torch.empty(target.shape, dtype=target.dtype, device=target.device)
-        backend([([part.contiguous().view(-1) for part in parts], result.view(-1))])(used)
-        target.copy_(result)
+class _StridedGroups:
+    """Groups that cannot be flat views: gathered, summed and scattered piece by piece, through one scratch."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self._source_count = len(groups[0][0])
+        self._steps = []
+        backend = _flat_backend(groups[0][1].device)
+        scratch: dict[torch.dtype, list[torch.Tensor]] = {}
+        for sources, out in sorted(groups, key=lambda group: group[1].numel(), reverse=True):
+            for views in pieces([*sources, out], PIECE_ELEMENTS):
+                if out.dtype not in scratch:  # the first piece of a dtype is its largest
+                    scratch[out.dtype] = [view.new_empty(min(PIECE_ELEMENTS, out.numel())) for view in views]
+                flat = [
+                    view.view(-1) if view.is_contiguous() else buffer[: view.numel()]
+                    for view, buffer in zip(views, scratch[out.dtype], strict=True)
+                ]
+                self._steps.append((views, flat, backend([(flat[:-1], flat[-1])])))
+
+    def __call__(self, weights: Sequence[float]) -> None:
+        active, _ = active_weights(weights, self._source_count)
+        for views, flat, sum_flat in self._steps:
+            for k in active:
+                if not views[k].is_contiguous():
+                    flat[k].view(views[k].shape).copy_(views[k])
+            sum_flat(weights)
+            if not views[-1].is_contiguous():
+                views[-1].copy_(flat[-1].view(views[-1].shape))
 
 
 def weighted_sum(sources: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor) -> None:
     """out = sum of weights[k] * sources[k], bit-equal to `reference.weighted_sum`.
 
-    Sources (1 to 64) and `out` share shape, dtype (bf16, fp16 or fp32) and device; strides are free.
+    Sources (1 to MAX_SOURCES) and `out` share shape, dtype (bf16, fp16 or fp32) and device; strides are free.
     `out` may be one of the sources; it must not overlap one in part. Sources of weight zero are not read.
 
     Raises ValueError where these do not hold, and for weights that `active_weights` refuses.
@@ -115,14 +131,14 @@ class GroupedWeightedSum:
             keep their storage: their addresses are taken once.
 
     On a GPU all groups that are dense in one order of elements share a launch (see `triton_kernels`);
-    other strides are gathered and scattered through temporaries of PIECE_ELEMENTS.
+    other strides are gathered and scattered through a scratch of PIECE_ELEMENTS per tensor of a group.
 
     Raises ValueError where this does not hold.
     """
 
     def __init__(self, groups: Sequence[Group]) -> None:
         flat: list[Group] = []
-        self._strided: list[Group] = []
+        strided: list[Group] = []
         self._source_count = len(groups[0][0]) if groups else None
         for sources, out in groups:
             _check_group(sources, out)
@@ -134,14 +150,16 @@ class GroupedWeightedSum:
             tensors = [tensor.detach() for tensor in (*sources, out)]
             dense = _flatten(tensors)
             *kept_sources, kept_out = dense or tensors
-            (flat if dense else self._strided).append((kept_sources, kept_out))
-        self._sum_flat = _flat_backend(flat[0][1].device)(flat) if flat else None
+            (flat if dense else strided).append((kept_sources, kept_out))
+        self._sums: list[Callable[[Sequence[float]], None]] = []
+        if flat:
+            self._sums.append(_flat_backend(flat[0][1].device)(flat))
+        if strided:
+            self._sums.append(_StridedGroups(strided))
 
     def __call__(self, weights: Sequence[float]) -> None:
         """Write every out. ValueError for weights that `active_weights` refuses."""
         if self._source_count is not None:
             active_weights(weights, self._source_count)  # refuse before anything is written
-        if self._sum_flat is not None:
-            self._sum_flat(weights)
-        for sources, out in self._strided:
-            _sum_strided(sources, weights, out)
+        for write_outs in self._sums:
+            write_outs(weights)

@@ -107,20 +107,21 @@ class _Launch:
         self._tile_index = tile_index.to(torch.int32).to(device)
 
     def __call__(self, weights: torch.Tensor, order: torch.Tensor, active: int) -> None:
-        weighted_sum_kernel[(self._tile_group.numel(),)](
-            self._table,
-            self._table.shape[1],
-            self._tile_group,
-            self._tile_index,
-            weights,
-            order,
-            active,
-            ELEMENT=self._element,
-            HINT=self._hint,
-            TILE=TILE_ELEMENTS,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,
-        )
+        with torch.cuda.device_of(self._table):  # Triton launches on the current device, whatever the tensors'
+            weighted_sum_kernel[(self._tile_group.numel(),)](
+                self._table,
+                self._table.shape[1],
+                self._tile_group,
+                self._tile_index,
+                weights,
+                order,
+                active,
+                ELEMENT=self._element,
+                HINT=self._hint,
+                TILE=TILE_ELEMENTS,
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=False,
+            )
 
 
 class GroupedWeightedSum:
@@ -149,7 +150,7 @@ class GroupedWeightedSum:
         self._launches = [_Launch(members, hint) for (_, hint), members in kinds.items()]
 
     def __call__(self, weights: Sequence[float]) -> None:
-        """Write every out, on the current stream. ValueError for weights that `active_weights` refuses."""
+        """Write every out, on its device's current stream. ValueError for weights that `active_weights` refuses."""
         active, values = active_weights(weights, self._source_count)
         device_weights = torch.from_numpy(values).to(self._device)
         order = torch.tensor(active, dtype=torch.int32, device=self._device)

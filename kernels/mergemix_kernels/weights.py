@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MAX_SOURCES = 64
+MAX_SOURCES = 65  # up to 64 experts plus the base: a live model keeps its place for each, even at weight 0
 
 
 def active_weights(weights: Sequence[float], source_count: int) -> tuple[list[int], np.ndarray]:
@@ -14,7 +14,7 @@ def active_weights(weights: Sequence[float], source_count: int) -> tuple[list[in
     spread, and -0.0 of a one-hot source survives (-0.0 + 0.0 would be +0.0). A weight so small that it
     rounds to zero in fp32 counts as zero.
 
-    Raises ValueError unless 1 <= source_count <= 64, there is one finite weight per source, and at least
+    Raises ValueError unless 1 <= source_count <= MAX_SOURCES, there is one finite weight per source, and at least
     one of them is not zero.
     """
     if not 1 <= source_count <= MAX_SOURCES:

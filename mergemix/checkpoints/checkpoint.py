@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergemix.checkpoints.files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from mergemix.checkpoints.files import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    SINGLE_NAME,
+    check_unambiguous,
+    check_unchanged,
+    is_prompt_file,
+)
 from mergemix.checkpoints.header import TensorInfo, read_header
 from mergemix.checkpoints.strict_json import read_object, shown
 from mergemix.errors import CheckpointError
@@ -37,6 +44,7 @@ class Checkpoint:
     """name: "base" or the expert's. source: what the user wrote. root: the local directory.
 
     tensors: by name, in file order (shard name, then offset). config: the contents of config.json.
+    revision: the Hub commit (40 hex digits) that was downloaded; None for a local directory.
     """
 
     name: str
@@ -44,15 +52,26 @@ class Checkpoint:
     root: Path
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any]
+    revision: str | None
 
 
 def open_checkpoint(name: str, source: str) -> Checkpoint:
     """Open the checkpoint that a user calls `name`. source: a directory, or a Hub id `org/name[@revision]`.
 
     Reads config.json, the index and every shard's header, never a tensor byte. A Hub id is downloaded first.
-    Raises CheckpointError when anything is missing, damaged, or cannot be averaged (quantised, F64, complex).
+    Raises CheckpointError when anything is missing, unreadable, damaged, or cannot be averaged (quantised, F64,
+    complex).
     """
-    root = _locate(name, source)
+    root, revision = _locate(name, source)
+    try:
+        config, tensors = _read(root)
+    except OSError as error:  # of the directory itself: files are opened where it is known what they are
+        raise CheckpointError(f"{name}: cannot read {error.filename or root}: {error.strerror}") from error
+    return Checkpoint(name, source, root, tensors, config, revision)
+
+
+def _read(root: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """config.json and every tensor of the directory."""
     config_path = root / CONFIG_NAME
     if not config_path.is_file():
         adapter = (root / "adapter_config.json").is_file()
@@ -67,29 +86,36 @@ def open_checkpoint(name: str, source: str) -> Checkpoint:
         raise CheckpointError(f"{root} holds no tensors: its safetensors files are empty")
     for tensor in tensors.values():
         _check_dtype(tensor)
-    return Checkpoint(name, source, root, tensors, config)
+    return config, tensors
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
     """64 hex digits that identify a checkpoint's contents, whatever its path, times or division into shards.
 
-    Covers config.json, every tensor's name, dtype and shape, and up to 4 KiB from the middle of each: it
-    tells experts apart, and does not replace a checksum.
+    Covers config.json, the tokenizer's files, generation_config.json (which ends answers), every tensor's name,
+    dtype and shape, and up to 4 KiB from the middle of each: it tells experts apart, and is no checksum of them.
     Raises CheckpointError when a file cannot be read.
     """
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    try:
+        for path in sorted(checkpoint.root.iterdir()):
+            if is_prompt_file(path.name) and path.is_file():
+                contents = hashlib.sha256(path.read_bytes()).hexdigest()
+                digest.update(json.dumps([path.name, contents]).encode())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from error
     for name, tensor in sorted(checkpoint.tensors.items()):
         digest.update(json.dumps([name, tensor.dtype, tensor.shape, tensor.nbytes]).encode())
         digest.update(_sample(tensor))
     return digest.hexdigest()
 
 
-def _locate(name: str, source: str) -> Path:
-    """The local directory of `source`, after a download where it is a Hub id."""
-    root = Path(source).expanduser()
+def _locate(name: str, source: str) -> tuple[Path, str | None]:
+    """The local directory of `source`, and the commit that was downloaded where it is a Hub id."""
+    root = Path(os.path.expanduser(source))  # Path's own raises where there is no such user
     # os.path answers False, where Path raises, for a name that no file can have.
     if source and os.path.isdir(root):
-        return root
+        return root, None
     if source and os.path.exists(root):
         raise CheckpointError(
             f"{name}: {source} is a file; give the directory that holds config.json and *.safetensors"
@@ -100,7 +126,7 @@ def _locate(name: str, source: str) -> Path:
         )
     from mergemix.checkpoints.hub import download
 
-    return download(source)[0]
+    return download(source)
 
 
 def _read_tensors(root: Path) -> dict[str, TensorInfo]:
@@ -162,6 +188,7 @@ def _read_indexed(root: Path, index_path: Path) -> dict[str, TensorInfo]:
                 f"in the same directory, but is mapped to {shown(file)}"
             )
     files = sorted(set(weight_map.values()))
+    check_unambiguous(str(root), files, (root / SINGLE_NAME).is_file())
     absent = next((file for file in files if not os.path.isfile(root / file)), None)
     if absent is not None:
         raise CheckpointError(
@@ -220,12 +247,13 @@ def _sample(tensor: TensorInfo) -> bytes:
     size = min(tensor.nbytes, SAMPLE_BYTES)
     try:
         with tensor.path.open("rb") as file:
+            check_unchanged(tensor.path, file.fileno(), tensor.file)
             file.seek(tensor.offset + (tensor.nbytes - size) // 2)
             sample = file.read(size)
     except OSError as error:
         raise CheckpointError(f"cannot read {tensor.path}: {error.strerror}") from error
     if len(sample) < size:
         raise CheckpointError(
-            f"{tensor.path} was truncated after it was opened: tensor {shown(tensor.name)} is not whole"
+            f"{tensor.path} was truncated while it was read: tensor {shown(tensor.name)} is not whole"
         )
     return sample

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mergemix.checkpoints.files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, is_side_file
+from mergemix.checkpoints.files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, check_unambiguous, is_side_file
 from mergemix.checkpoints.strict_json import read_object
 from mergemix.errors import CheckpointError
 
@@ -37,6 +37,8 @@ def download(source: str) -> tuple[Path, str]:
         config = Path(huggingface_hub.hf_hub_download(repo, CONFIG_NAME, revision=revision or None))
         root, commit = config.parent, config.parent.name
         if info is not None:
+            if info.sha != commit:  # the branch moved on between the two requests
+                info = huggingface_hub.HfApi().model_info(repo, revision=commit)
             names = [sibling.rfilename for sibling in info.siblings or ()]
             wanted = [name for name in names if "/" not in name and is_side_file(name)]
             wanted += _weight_files(repo, commit, names)
@@ -53,7 +55,9 @@ def _weight_files(repo: str, commit: str, names: list[str]) -> list[str]:
         weight_map = read_object(Path(hf_hub_download(repo, INDEX_NAME, revision=commit))).get("weight_map")
         files = weight_map.values() if isinstance(weight_map, dict) else ()
         # Names that are odd or absent are reported by the reader of the index, after the download.
-        return [INDEX_NAME, *sorted({file for file in files if isinstance(file, str)} & set(names))]
+        known = sorted({file for file in files if isinstance(file, str)} & set(names))
+        check_unambiguous(f"{repo} at commit {commit}", known, SINGLE_NAME in names)
+        return [INDEX_NAME, *known]
     if SINGLE_NAME in names:
         return [SINGLE_NAME]
     weights = [name for name in names if "/" not in name and name.endswith(".safetensors")]

@@ -15,7 +15,7 @@ class Shape:
 
     layers: int = 3
     hidden: int = 128
-    intermediate: int = 384
+    intermediate: int = 256
     heads: int = 4
     kv_heads: int = 2
     max_length: int = 256
@@ -62,7 +62,7 @@ class Settings:
     shape: Shape = field(default_factory=Shape)
     length: int = 64
     base: Horizon = Horizon(steps=750, batch=32, learning_rate=2e-3, final_learning_rate=2e-4, warmup=50)
-    expert: Horizon = Horizon(steps=100, batch=32, learning_rate=2e-4)
+    expert: Horizon = Horizon(steps=80, batch=32, learning_rate=2e-4)
     general_share: float = 0.5
     threads: int = min(4, os.cpu_count() or 1)  # matrices this small gain nothing from more
 

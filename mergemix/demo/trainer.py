@@ -78,7 +78,7 @@ def train(
     The optimiser's settings are those of the paper (section 4.1 there): b1 0.9, b2 0.95, weight decay 0.1.
     """
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=horizon.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+        model.parameters(), lr=horizon.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
     losses = []
     model.train()

@@ -24,7 +24,7 @@ class RestartingEngine(Engine):
 
     def apply(self, mixture: Mixture) -> Swap:
         begin = time.perf_counter()
-        if self._engine is None or mixture != self._mixture:
+        if self._engine is None or self._engine.poisoned or mixture != self._mixture:
             self.close()  # first: two engines may not fit into memory
             self._engine = self._start(mixture)
             self._mixture = mixture

@@ -93,10 +93,7 @@ class SwapPlan:
         last: dict[tuple[object, ...], Copy] = {}
         for copy in self.copies:
             place = copy.destination
-            last.pop(
-                _region(place), None
-            )  # written twice: the later one counts, in its own place in the order
-            last[_region(place)] = copy
+            last[_region(place)] = copy  # of two writes to one place the later one counts
             if place.untyped_storage().data_ptr() not in addresses:
                 self.unreplayable.append(
                     f"{copy.origin.name}: it is copied into a temporary, not into a parameter"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Pipe
 from typing import Any
 
@@ -20,6 +21,7 @@ from mergemix.serve.vllm_plugin import LOAD_FORMAT
 
 WORKER_EXTENSION = "mergemix.serve.vllm_worker.MergeWorker"
 STOP_S = 15.0
+TERMINATE_S = 5.0
 POLL_S = 0.02
 CHILD_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -114,6 +116,7 @@ class EngineProcess:
 
     def __init__(self, log: EngineLog) -> None:
         self._log = log
+        self._busy = False  # a call was made whose answer has not come, perhaps because of Ctrl-C
         self._connection, theirs = Pipe()
         with theirs:
             descriptor = theirs.fileno()
@@ -138,6 +141,7 @@ class EngineProcess:
 
     def call(self, method: str, *arguments: object) -> Any:
         """Raises what the child raised, or PoisonedEngineError when it died."""
+        self._busy = True
         try:
             self._connection.send((method, arguments))
             succeeded, result = self._connection.recv()
@@ -146,6 +150,7 @@ class EngineProcess:
             raise PoisonedEngineError(
                 f"vLLM's process died ({_exit(status)}): {self._log.reason() or 'its log says no more'}"
             ) from error
+        self._busy = False
         if succeeded:
             return result
         if "initialization failed" in str(result):  # of another process, which said why in the log
@@ -153,29 +158,25 @@ class EngineProcess:
         raise result
 
     def stop(self) -> None:
-        """End the child and everything that it started, gracefully if it answers; safe to call twice."""
-        try:
-            self._connection.send(("stop", ()))
-            self._child.wait(STOP_S)
-        except (OSError, subprocess.TimeoutExpired):
-            pass
-        finally:
-            self._connection.close()
-            self._end_session()
+        """End the child and everything that it started, gracefully if it listens; safe to call twice."""
+        if not self._busy:
+            with suppress(OSError, subprocess.TimeoutExpired):
+                self._connection.send(("stop", ()))
+                self._child.wait(STOP_S)
+        self._connection.close()
+        # multiprocessing's resource trackers ignore SIGTERM: they free shared memory when all others are gone.
+        for number, patience in ((signal.SIGTERM, TERMINATE_S), (signal.SIGKILL, STOP_S)):
+            deadline = time.monotonic() + patience
+            if not self._signal_session(number):
+                break
+            while self._signal_session(0) and time.monotonic() < deadline:
+                time.sleep(POLL_S)
 
-    def _end_session(self) -> None:
-        """Its resource trackers tidy up when the others are gone; whoever stays is killed."""
-        deadline = time.monotonic() + (1.0 if self._child.poll() is not None else 0.0)
-        while self._session_lives() and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-        if self._session_lives():
-            os.killpg(self._child.pid, signal.SIGKILL)
-        self._child.wait(STOP_S)
-
-    def _session_lives(self) -> bool:
-        self._child.poll()
+    def _signal_session(self, number: int) -> bool:
+        """Send a signal to whoever is left of the child's session; whether there was anybody."""
+        self._child.poll()  # a zombie would count as somebody
         try:
-            os.killpg(self._child.pid, 0)
+            os.killpg(self._child.pid, number)
         except ProcessLookupError:
             return False
         return True

@@ -22,6 +22,7 @@ from typing import Any
 from mergemix.errors import EngineError, MergeMixError, PoisonedEngineError
 from mergemix.serve.engine import Generate, Generated, Likelihood, Output, Request
 
+MEMORY_NODES = Path("/sys/devices/system/node")
 PARENT_POLL_S = 0.5
 RESET_ATTEMPTS = 20
 RESET_PAUSE_S = 0.05
@@ -42,7 +43,7 @@ class Host:
         from mergemix.serve.tokens import RequestEncoder, end_tokens, load_tokenizer
 
         on_cpu = current_platform.is_cpu()
-        if on_cpu and is_single_rank(args):
+        if on_cpu and fits_one_process(args):
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         root = Path(args["tokenizer"])
         tokenizer = load_tokenizer(root)
@@ -104,10 +105,11 @@ class Host:
         return SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
 
 
-def is_single_rank(args: dict[str, Any]) -> bool:
-    return all(
-        args.get(f"{kind}_parallel_size", 1) == 1 for kind in ("tensor", "pipeline", "data")
-    ) and not args.get("distributed_executor_backend")
+def fits_one_process(args: dict[str, Any]) -> bool:
+    """Whether vLLM needs no worker process: one rank, and no threads to be bound to cores or memory nodes."""
+    ranks = [args.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline", "data")]
+    bound = "VLLM_CPU_OMP_THREADS_BIND" in os.environ or len([*MEMORY_NODES.glob("node[0-9]*")]) > 1
+    return ranks == [1, 1, 1] and not bound and not args.get("distributed_executor_backend")
 
 
 def serve(connection: Connection, host: Any) -> None:

@@ -62,7 +62,7 @@ class MergeWorker:
         return {"seconds": seconds, "bytes_written": plan.nbytes, "problems": problems}
 
     def mergemix_compile_nothing(self) -> None:
-        """vLLM compiles its sampler's helpers even with enforce_eager: 5 s at the first request, on a CPU for nothing."""
+        """vLLM compiles helpers of its sampler even with enforce_eager: 5 s at the first request, no gain on a CPU."""
         torch.compiler.set_stance("force_eager")
 
     def mergemix_write(self, plan: Any, coefficients: Sequence[float]) -> None:
@@ -103,7 +103,11 @@ class Witness:
         self._before = marks(entry.module)
         self._columns: torch.Tensor | None = None
         weights = [raw.data for raw in entry.raw if raw.name == "weight" and raw.data.dim() == 2]
-        if weights and weights[0].is_floating_point() and hasattr(getattr(entry.module, "quant_method", None), "apply"):
+        if (
+            weights
+            and weights[0].is_floating_point()
+            and hasattr(getattr(entry.module, "quant_method", None), "apply")
+        ):
             generator = torch.Generator(device="cpu").manual_seed(0)  # vLLM's own generator stays as it is
             chosen = torch.randperm(weights[0].shape[1], generator=generator, device="cpu")[:PROBED_COLUMNS]
             self._columns = chosen.to(weights[0].device)

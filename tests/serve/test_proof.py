@@ -23,7 +23,6 @@ from mergemix.serve.engine import (
     Request,
     Swap,
 )
-from mergemix.serve.engine_log import find_reason
 from mergemix.serve.proof import distance, prove
 from mergemix.serve.restarting import RestartingEngine
 
@@ -82,7 +81,7 @@ class Checked(Toy):
         return self.problems
 
     def describe(self) -> list[dict[str, Any]]:
-        return [{"problems": [], "bytes_written": 8}]
+        return [{"problems": [], "bytes_written": 8, "uncovered": {"embed": 64}}]
 
 
 def test_a_good_engine_is_proven_and_holds_the_initial_mixture_again() -> None:
@@ -211,31 +210,3 @@ def test_the_kind_of_engine_is_resolved_once_and_unknown_ones_refused() -> None:
     assert opening.resolve_kind("hf") == "hf"
     with pytest.raises(ConfigError, match="auto, vllm or hf"):
         opening.resolve_kind("tgi")
-
-
-LOG = """\
-INFO 11-22 15:24:19 [model.py:2152] Using max model len 256
-(Worker pid=11280) ERROR 11-22 15:24:48 [multiproc_executor.py:953] WorkerProc failed to start.
-(Worker pid=11280) ERROR 11-22 15:24:48 [multiproc_executor.py:953] Traceback (most recent call last):
-(Worker pid=11280) ERROR 11-22 15:24:48 [multiproc_executor.py:953]     raise NonFiniteError(
-(Worker pid=11280) ERROR 11-22 15:24:48 [multiproc_executor.py:953] {raised}
-(EngineCore pid=11166) ERROR 11-22 15:24:52 [core.py:1] Exception: WorkerProc initialization failed due to an exception
-RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {{}}
-"""
-
-
-@pytest.mark.parametrize(
-    ("raised", "reason"),
-    [
-        (
-            "mergemix.errors.NonFiniteError: tensor 'x' holds NaN or Inf in code",
-            "tensor 'x' holds NaN or Inf in code",
-        ),
-        ("ValueError: Available memory on node 0 is less", "ValueError: Available memory on node 0 is less"),
-        ("torch.OutOfMemoryError: CUDA out of memory", "OutOfMemoryError: CUDA out of memory"),
-        ("nothing to see", None),
-    ],
-)
-def test_the_reason_is_the_first_exception_that_is_no_echo(raised: str, reason: str | None) -> None:
-    assert find_reason(LOG.format(raised=raised)) == reason
-    assert find_reason("") is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -233,6 +234,18 @@ def test_a_process_that_dies_is_noticed(tmp_path: Path) -> None:
         process.call("submit", [])
     process.stop()
     assert session_of(process) == []
+
+
+def test_an_engine_that_is_busy_is_ended_at_once(tmp_path: Path) -> None:
+    paths = make_family(tmp_path, "llama", experts=1)
+    family = open_family(None, {"math": str(paths["math"])})
+    process = EngineProcess(EngineLog(tmp_path / "engine.log"))
+    args = engine_args(spec(family, tmp_path / "log"), Mixture.one_hot(family.names, "math"))
+    process._connection.send(("start", (args,)))
+    process._busy = True  # as `call` leaves it when Ctrl-C interrupts it
+    process.stop()
+    assert session_of(process) == []
+    assert process._child.returncode == -signal.SIGTERM
 
 
 def test_an_engine_does_not_outlive_its_parent(tmp_path: Path) -> None:
