@@ -6,14 +6,16 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from mergemix_kernels.cpu import thread_count
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -52,7 +54,8 @@ def time_side_by_side(
     return {name: Timing(*values) for name, values in quantiles.items()}
 
 
-def memory_copy(nbytes_moved: int) -> Callable[[], None]:
+@contextmanager
+def memory_copy(nbytes_moved: int) -> Iterator[Callable[[], None]]:
     """A call that copies memory on all threads of this process: the roofline of streaming kernels on a CPU.
 
     It reads `nbytes_moved` / 2 bytes and writes as many.
@@ -62,12 +65,12 @@ def memory_copy(nbytes_moved: int) -> Callable[[], None]:
     threads = thread_count()
     bounds = [source.size * i // threads for i in range(threads + 1)]
     ranges = [slice(begin, end) for begin, end in itertools.pairwise(bounds)]
-    pool = ThreadPoolExecutor(threads)
+    with ThreadPoolExecutor(threads) as pool:
 
-    def copy() -> None:
-        list(pool.map(lambda part: np.copyto(target[part], source[part]), ranges))
+        def copy() -> None:
+            list(pool.map(lambda part: np.copyto(target[part], source[part]), ranges))
 
-    return copy
+        yield copy
 
 
 def _cpu_model() -> str | None:
@@ -112,11 +115,9 @@ def conditions(packages: Sequence[str], gpu: str | None = None) -> dict[str, Any
 
 
 def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """Rows as aligned text; a figure that was not taken reads "not measured"."""
+    """Rows as aligned text."""
 
     def cell(value: Any) -> str:
-        if value is None:
-            return "not measured"
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 
     lines = [list(columns), *([cell(row[column]) for column in columns] for row in rows)]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,7 +34,7 @@ def common(command: Command) -> Command:
     @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
     @functools.wraps(command)
     def wrapped(*, as_json: bool, debug: bool, **options: Any) -> None:
-        console = Console(stderr=True, quiet=False)
+        console = Console(stderr=True)
         result, table = command(console=console, **options)
         if as_json:
             print(json.dumps(result, allow_nan=False), flush=True)
@@ -48,6 +48,20 @@ def common(command: Command) -> Command:
 @click.version_option(__version__, prog_name="mergemix")
 def cli() -> None:
     """Find the data mixture for mid-training: merge experts into a live engine, score, search."""
+
+
+class Interrupted(Exception):
+    """A run was stopped by Ctrl-C or SIGTERM, and can be resumed."""
+
+
+@contextmanager
+def resumable(study: Path) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, click.Abort):
+        raise Interrupted(
+            f"Interrupted. Every finished candidate is stored in {study}; the same command again resumes there."
+        ) from None
 
 
 experts_option = click.option(
@@ -88,7 +102,7 @@ def run(*, console: Console, config: Path | None, **options: Any) -> tuple[dict[
     from mergemix.report.tables import run_table
     from mergemix.run import run as run_study
 
-    with RunProgress(console) as progress:
+    with resumable(settings.study), RunProgress(console) as progress:
         summary = run_study(settings, progress)
     return summary, run_table(summary)
 
@@ -219,7 +233,7 @@ def demo(
     from mergemix.report.tables import demo_table
     from mergemix.run import run as run_study
 
-    with RunProgress(console) as progress:
+    with resumable(out), RunProgress(console) as progress:
         models = prepare_demo(out, seed=seed, progress=progress.stage, quick=quick)
         given = load_config_file(models.config)  # what a user would write; `mergemix run` takes it too
         config = RunConfig(**{**given, "study": Path(given["study"]), "budget": budget, "engine": engine})
@@ -234,7 +248,7 @@ def doctor(*, console: Console) -> tuple[dict[str, Any], Any]:
     from mergemix.doctor import examine
     from mergemix.report.tables import doctor_table
 
-    console.print("Starting engines and measuring bandwidths, half a minute ...")
+    console.print("Importing engines and measuring bandwidths, half a minute ...")
     found = examine()
     return found, doctor_table(found)
 
@@ -249,21 +263,23 @@ def fail(message: str, code: int, *, resume: bool = False) -> NoReturn:
 
 
 def main() -> None:
-    """Run the command line: exit 0 done, 1 an error told in one message, 2 wrong usage, 3 interrupted."""
-    # A scheduler's SIGTERM is treated as Ctrl-C: the study stays resumable either way.
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    """Run the command line: exit 0 done, 1 an error told in one message, 2 wrong usage, 3 interrupted, resumable."""
+    # A scheduler's SIGTERM is Ctrl-C, also where SIGINT is ignored (a job in the background of a script).
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         cli(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(EXIT_USAGE)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f"\nTry '{context.command_path} --help'." if context else ""
         fail(f"Usage error: {error.format_message()}{hint}", EXIT_USAGE)
+    except Interrupted as interruption:
+        fail(str(interruption), EXIT_INTERRUPTED)
     except (click.Abort, KeyboardInterrupt):
-        fail(
-            "Interrupted. Every finished candidate is stored; the same command again resumes.",
-            EXIT_INTERRUPTED,
-        )
-    except MergeMixError as error:
+        fail("Interrupted; nothing was left half-written.", EXIT_ERROR)
+    except (MergeMixError, OSError) as error:
         if "--debug" in sys.argv[1:]:
             raise
         fail(f"Error: {error}", EXIT_ERROR)

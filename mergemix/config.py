@@ -14,6 +14,7 @@ from mergemix.errors import ConfigError
 
 SEARCHES = ("cma", "random", "grid")
 ENGINES = ("auto", "vllm", "hf")
+RESERVED = ("base", "uniform", "best")
 NORMALIZATIONS = ("raw", "base", "minmax", "zscore")
 
 
@@ -50,10 +51,9 @@ class RunConfig:
                 f"a search needs at least two experts, but got {len(self.experts)} ({named}); "
                 "give --experts NAME=PATH once per domain"
             )
-        if "base" in self.experts:
-            raise ConfigError("'base' is the name of the base checkpoint; call the expert something else")
-        if "uniform" in self.experts:
-            raise ConfigError("'uniform' is the name of a baseline; call the expert something else")
+        for name in RESERVED:
+            if name in self.experts:
+                raise ConfigError(f"{name!r} names something else in the results; call the expert otherwise")
         if not self.bench:
             raise ConfigError("a search needs at least one benchmark; give --bench FILE.yaml")
         for key, allowed in (("search", SEARCHES), ("engine", ENGINES), ("normalize", NORMALIZATIONS)):
@@ -99,7 +99,7 @@ def load_config_file(path: Path) -> dict[str, Any]:
         if key in given and (not isinstance(given[key], int) or isinstance(given[key], bool)):
             raise ConfigError(f"{path}: {key} must be a whole number, but is {given[key]!r}")
     for key in ("base", "study", "search", "engine", "utility", "normalize"):
-        if key in given and not isinstance(given[key], str):
+        if key in given and not (isinstance(given[key], str) and given[key]):
             raise ConfigError(f"{path}: {key} must be text, but is {given[key]!r}")
     if "base" in given:
         given["base"] = _beside(path, given["base"])

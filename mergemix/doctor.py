@@ -102,6 +102,7 @@ def _probe_hf() -> dict[str, Any]:
 def _probe_cpu_kernel(copy_bytes: int) -> dict[str, Any]:
     """Is the CPU kernel exact here, and how close does it come to this machine's memory copy?"""
     import torch
+
     from mergemix_kernels import reference
     from mergemix_kernels.dispatch import weighted_sum
 

@@ -16,13 +16,14 @@ from mergemix.serve.engine import Engine
 class Evaluation:
     """What one candidate gave. timings: seconds by stage (swap_s, generate_s, score_s).
 
-    failure: why there are no results; None when there are.
+    start_s: seconds that an engine took to start for it, mostly 0. failure: why there are no results.
     """
 
     mixture: Mixture
     results: tuple[ItemResult, ...]
     timings: dict[str, float]
     proven: bool
+    start_s: float = 0.0
     failure: str | None = None
 
 
@@ -49,21 +50,23 @@ class LocalEvaluator:
             yield evaluation
 
     def _attempt(self, mixture: Mixture, suite: Suite) -> Evaluation:
+        begin = time.perf_counter()
         engine = self._ready()  # outside the try: an engine that cannot start ends the run
+        start_s = time.perf_counter() - begin
         try:
             swap = engine.apply(mixture)
-            start = time.perf_counter()
+            swapped = time.perf_counter()
             outputs = engine.submit(suite.requests)
             answered = time.perf_counter()
             results = suite.score(outputs)
         except EngineError as error:
-            return Evaluation(mixture, (), {}, proven=engine.proven, failure=str(error))
+            return Evaluation(mixture, (), {}, engine.proven, start_s, failure=str(error))
         timings = {
             "swap_s": swap.seconds,
-            "generate_s": answered - start,
+            "generate_s": answered - swapped,
             "score_s": time.perf_counter() - answered,
         }
-        return Evaluation(mixture, tuple(results), timings, proven=engine.proven)
+        return Evaluation(mixture, tuple(results), timings, engine.proven, start_s)
 
     def _ready(self) -> Engine:
         if self._engine is None:

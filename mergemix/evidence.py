@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -15,16 +16,30 @@ from mergemix.mixture import Mixture
 from mergemix.study import CandidateRecord, Study
 
 
+@dataclass(frozen=True)
+class Progress:
+    """One candidate was evaluated and stored.
+
+    done, total: distinct candidates so far and expected. utility: None while unknown or when it failed.
+    best: the highest utility of a mixture so far, stored ones included. seconds: since the one before.
+    """
+
+    done: int
+    total: int
+    record: CandidateRecord
+    utility: float | None
+    best: float | None
+    seconds: float
+
+
 class Observer(Protocol):
     """What a run tells while it goes on. Calls come from one thread, in order."""
 
     def stage(self, text: str) -> None:
         """A new stage began."""
 
-    def candidate(
-        self, done: int, total: int, mixture: Mixture, utility: float | None, timings: dict[str, float]
-    ) -> None:
-        """Candidate `done` of `total` was evaluated; utility is None while unknown or when it failed."""
+    def candidate(self, progress: Progress) -> None:
+        """A candidate was evaluated."""
 
 
 class Silent:
@@ -33,9 +48,7 @@ class Silent:
     def stage(self, text: str) -> None:
         pass
 
-    def candidate(
-        self, done: int, total: int, mixture: Mixture, utility: float | None, timings: dict[str, float]
-    ) -> None:
+    def candidate(self, progress: Progress) -> None:
         pass
 
 
@@ -54,6 +67,7 @@ class Evidence:
         self._pool = pool
         self._observer = observer
         self._expected = expected
+        self._previous_end = time.perf_counter()
 
     def collect(self, mixtures: Sequence[Mixture], origin: str, *, repeat: int = 0) -> list[CandidateRecord]:
         """Records of `mixtures`, in their order; those not stored are evaluated now.
@@ -62,29 +76,28 @@ class Evidence:
         loses at most the candidate in flight.
         """
         missing = [m for m in dict.fromkeys(mixtures) if self.study.find(m, repeat=repeat) is None]
-        begin = time.perf_counter()
         for evaluation in self._pool.evaluate(missing, self.suite):
             if evaluation.failure is not None:
-                self.study.record_failure(
+                record = self.study.record_failure(
                     evaluation.mixture, repeat=repeat, origin=origin, reason=evaluation.failure
                 )
-            else:
-                # All that is neither generation nor swap nor grading, the store's own last write included.
-                total_s = time.perf_counter() - begin
-                self.study.record(
-                    evaluation.mixture,
-                    repeat=repeat,
-                    origin=origin,
-                    results=evaluation.results,
-                    timings={**evaluation.timings, "total_s": total_s},
-                    proven=evaluation.proven,
-                )
-            record = self._recall(evaluation.mixture, repeat)
-            done = len(self.study.candidates())
-            self._observer.candidate(
-                done, max(done, self._expected), record.mixture, self.utility_of(record), evaluation.timings
+                self._tell(record, 0.0)
+                continue
+            # From the end of one candidate to the end of the next: so storing the one before, telling the user
+            # and asking the search are counted, not only what happens around the engine.
+            end = time.perf_counter()
+            seconds = end - self._previous_end - evaluation.start_s
+            self._previous_end = end
+            overhead_s = seconds - evaluation.timings["generate_s"]
+            record = self.study.record(
+                evaluation.mixture,
+                repeat=repeat,
+                origin=origin,
+                results=evaluation.results,
+                timings={**evaluation.timings, "overhead_s": overhead_s},
+                proven=evaluation.proven,
             )
-            begin = time.perf_counter()
+            self._tell(record, seconds)
         return [self._recall(mixture, repeat) for mixture in mixtures]
 
     def utility_of(self, record: CandidateRecord) -> float | None:
@@ -96,6 +109,18 @@ class Evidence:
     def item_scores(self, record: CandidateRecord) -> dict[str, np.ndarray]:
         """By benchmark, float64 of shape (items,) in suite order."""
         return self.suite.item_scores(self.study.results(record.id))
+
+    def mixtures(self) -> list[CandidateRecord]:
+        """Candidates of the search, each once: no repeats, and not the base, which is no mixture of data."""
+        return [r for r in self.study.candidates() if r.repeat == 0 and any(r.mixture.weights)]
+
+    def _tell(self, record: CandidateRecord, seconds: float) -> None:
+        done = sum(candidate.repeat == 0 for candidate in self.study.candidates())
+        known = [u for candidate in self.mixtures() if (u := self.utility_of(candidate)) is not None]
+        best = max(known, default=None)
+        utility = self.utility_of(record)
+        total = max(done, self._expected)
+        self._observer.candidate(Progress(done, total, record, utility, best, seconds))
 
     def _recall(self, mixture: Mixture, repeat: int) -> CandidateRecord:
         record = self.study.find(mixture, repeat=repeat)

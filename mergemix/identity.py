@@ -8,7 +8,9 @@ from typing import Any
 from mergemix.checkpoints.checkpoint import fingerprint
 from mergemix.checkpoints.family import Family
 from mergemix.config import RunConfig
+from mergemix.errors import ConfigError
 from mergemix.evals.suite import Suite
+from mergemix.evals.utility import parse_utility
 from mergemix.search import Search
 
 PACKAGES = (
@@ -34,6 +36,32 @@ def identify(config: RunConfig, family: Family, suite: Suite, search: Search, en
         "normalize": config.normalize,
         **search.identity,
     }
+
+
+def check_suites(config: RunConfig, suite: Suite, holdout: Suite | None) -> None:
+    """Refuse before any cost what would be wrong at the end.
+
+    Raises ConfigError when the utility names a capability that one of the suites has not, or when an item is in both.
+    """
+    parse_utility(config.utility, list(suite.capabilities))
+    if holdout is None:
+        return
+    try:
+        parse_utility(config.utility, list(holdout.capabilities))
+    except ConfigError as error:
+        raise ConfigError(f"--holdout: {error}") from None
+    seen = {
+        (item.prompt, item.answers): benchmark.name
+        for benchmark in suite.benchmarks
+        for item in benchmark.items
+    }
+    for benchmark in holdout.benchmarks:
+        for item in benchmark.items:
+            if (item.prompt, item.answers) in seen:
+                raise ConfigError(
+                    f"--holdout: the search must not see held-out items, but item {item.id!r} of {benchmark.source} "
+                    f"is in the benchmark {seen[item.prompt, item.answers]!r} too: take it out of one of them"
+                )
 
 
 def provenance(config: RunConfig, family: Family) -> dict[str, Any]:

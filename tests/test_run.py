@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -14,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import mergemix.run
 from mergemix.config import RunConfig
-from mergemix.errors import ConfigError, EngineError, StudyError
+from mergemix.errors import ConfigError, EngineError, MergeMixError, NonFiniteError, StudyError
 from mergemix.mixture import Mixture
 from mergemix.run import run
 from mergemix.serve.engine import Engine, Output, Request, Swap
 from mergemix.study import Study
-from tests.study_fixture import TinyStudy
+from tests.study_fixture import TinyStudy, write_benchmark
 
 TIMED = ("swaps", "generation_median_s", "overhead_median_s", "study")
 BUDGET = 9
@@ -66,9 +69,10 @@ def test_the_answer_has_every_promised_part(finished: tuple[Path, dict[str, Any]
     low, high = best["interval"]
     assert low < best["utility"] < high
     assert summary["noise_floor"] == 0.0, "the transformers engine is deterministic on one machine"
-    assert summary["swaps"]["count"] == BUDGET + 1
+    assert summary["swaps"]["count"] == BUDGET + 2
+    assert summary["failures"] == []
     assert summary["swaps"]["proven"] is True
-    assert summary["item_evaluations"] == (BUDGET + 1) * 36
+    assert summary["item_evaluations"] == (BUDGET + 2) * 36
     assert summary["overhead_median_s"] >= summary["swaps"]["median_s"] > 0
     assert best["mixture"] not in summary["indistinguishable"]
     assert json.loads((study / "mixture.json").read_text())["best"] == best
@@ -153,16 +157,17 @@ def test_killed_again_and_again_it_still_gives_the_same_answer(
         assert [record.repeat for record in opened.candidates()].count(0) == BUDGET
 
 
-def test_ctrl_c_ends_cleanly_and_says_how_to_resume(
-    tiny_study: TinyStudy, finished: tuple[Path, dict[str, Any]], tmp_path: Path
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_cleanly_and_it_says_how_to_resume(
+    tiny_study: TinyStudy, finished: tuple[Path, dict[str, Any]], tmp_path: Path, sent: signal.Signals
 ) -> None:
     study = tmp_path / "study"
     process = start(tiny_study.arguments(study, budget=BUDGET))
     wait_for(study, 3, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 3, err
-    assert "resume" in err
+    assert f"stored in {study}" in err
     assert "Traceback" not in err
     assert set(json.loads(out)) == {"error"}
     assert stored(study) >= 3
@@ -226,6 +231,7 @@ def test_a_candidate_that_fails_twice_is_recorded_and_the_search_goes_on(
     with Study.read(tmp_path / "study") as study:
         [failed] = [record for record in study.candidates() if not record.done]
     assert failed.reason == "the engine process ended"
+    assert summary["failures"] == [{"mixture": failed.mixture.as_dict(), "reason": failed.reason}]
 
 
 def test_held_out_benchmarks_score_the_finalists_only(tiny_study: TinyStudy, tmp_path: Path) -> None:
@@ -239,6 +245,44 @@ def test_held_out_benchmarks_score_the_finalists_only(tiny_study: TinyStudy, tmp
         assert gain["estimate"] == pytest.approx(difference, abs=1e-9)
     with Study.read(tmp_path / "study") as study:
         assert {result.benchmark for result in study.results(1)} == {"copy", "words"}
+
+
+def test_an_item_of_the_search_is_not_held_out(tiny_study: TinyStudy, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"--holdout: .*'copy-0' of .*copy\.yaml is in the benchmark 'copy'"
+    ):
+        run(config(tiny_study, tmp_path / "study", holdout=(str(tiny_study.bench[1]),)))
+
+
+def test_another_holdout_is_refused_before_any_cost(
+    tiny_study: TinyStudy,
+    finished: tuple[Path, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    study = tmp_path / "study"
+    shutil.copytree(finished[0], study)
+    held_out = write_benchmark(tmp_path, "other", 4, random.Random(9), capability="x", metric="loglikelihood")
+    run(config(tiny_study, study, holdout=tuple(map(str, tiny_study.holdout))))
+    monkeypatch.setattr(mergemix.run, "open_engine", lambda *_: pytest.fail("paid before it was refused"))
+    with pytest.raises(StudyError, match="benchmark other"):
+        run(config(tiny_study, study, holdout=(str(held_out),), budget=BUDGET + 3))
+
+
+def test_a_run_that_never_got_to_a_result_binds_nobody(tiny_study: TinyStudy, tmp_path: Path) -> None:
+    with pytest.raises(MergeMixError):
+        run(config(tiny_study, tmp_path / "study", max_model_len=3, budget=5))
+    assert run(config(tiny_study, tmp_path / "study", budget=5))["candidates"] == 5
+
+
+def test_a_nan_in_the_base_stops_the_run(tiny_study: TinyStudy, tmp_path: Path) -> None:
+    bad = tmp_path / "bad-base"
+    shutil.copytree(tiny_study.paths["base"], bad)
+    tensors = load_file(bad / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError, match=r"model\.norm\.weight.*base"):
+        run(config(tiny_study, tmp_path / "study", base=str(bad)))
 
 
 @pytest.mark.parametrize("search", ["random", "grid"])

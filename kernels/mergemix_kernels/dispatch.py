@@ -92,7 +92,7 @@ class _StridedGroups:
         scratch: dict[torch.dtype, list[torch.Tensor]] = {}
         for sources, out in sorted(groups, key=lambda group: group[1].numel(), reverse=True):
             for views in pieces([*sources, out], PIECE_ELEMENTS):
-                if out.dtype not in scratch:  # the first piece of a dtype is its largest
+                if out.dtype not in scratch:  # the largest group comes first
                     scratch[out.dtype] = [view.new_empty(min(PIECE_ELEMENTS, out.numel())) for view in views]
                 flat = [
                     view.view(-1) if view.is_contiguous() else buffer[: view.numel()]

@@ -107,7 +107,8 @@ class _Launch:
         self._tile_index = tile_index.to(torch.int32).to(device)
 
     def __call__(self, weights: torch.Tensor, order: torch.Tensor, active: int) -> None:
-        with torch.cuda.device_of(self._table):  # Triton launches on the current device, whatever the tensors'
+        # Triton launches on the current device, whatever the tensors'. On CPU tensors (interpreter) a no-op.
+        with torch.cuda.device_of(self._table):
             weighted_sum_kernel[(self._tile_group.numel(),)](
                 self._table,
                 self._table.shape[1],

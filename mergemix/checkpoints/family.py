@@ -57,7 +57,7 @@ class Family:
             return [_fp32("the base", rest), *weights]
         if rest != 0.0:
             raise ConfigError(
-                f"the weights sum to {1 - rest:.12g}, not 1, so the base has a share of {rest:.12g}: "
+                f"the weights sum to {1 - rest:.12g}, not 1, so the base has a share of {rest:g}: "
                 "give --base, or weights that sum to 1"
             )
         return weights
@@ -103,7 +103,7 @@ def check_family(family: Family) -> None:
 
 def _check_configs(one: Checkpoint, other: Checkpoint) -> None:
     required = ((key, one.config.get(key), other.config.get(key)) for key in REQUIRED_KEYS)
-    for key, a, b in (*required, *_common_values(one.config, other.config)):
+    for key, a, b in (*required, *_common_values(_with_rope(one.config), _with_rope(other.config))):
         if a != b:
             raise FamilyError(
                 f"config.json differs in {key}: {_named(one)} has {shown(a)}, {_named(other)} has {shown(b)}; "
@@ -115,7 +115,6 @@ def _common_values(
     one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
     """(key, one's value, the other's) of every key that both hold and that matters, "." between levels."""
-    one, other = _with_rope(one), _with_rope(other)
     for key in sorted((one.keys() & other.keys()) - IGNORED_KEYS):
         a, b = one[key], other[key]
         if isinstance(a, dict) and isinstance(b, dict):
@@ -133,8 +132,6 @@ def _with_rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     rope = {key: value for part in given if isinstance(part, dict) for key, value in part.items()}
     if "rope_theta" in config:
         rope["rope_theta"] = config["rope_theta"]
-    if not rope:
-        return config
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
     rest = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
     return {**rest, "rope_parameters": rope}

@@ -33,8 +33,7 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
     for mark, limit in MAX_MARKS.items():
         if (count := raw.count(mark)) > limit:
             raise CheckpointError(
-                f"{where} holds {mark.decode()!r} {count} times; at most {limit} are accepted, enough for "
-                "250000 tensors in one file"
+                f"{where} holds {mark.decode()!r} {count} times; at most {limit}, for 250000 tensors, are accepted"
             )
 
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -112,7 +112,11 @@ class DirectoryWriter:
         self._remove_leftovers()
         with self._translated():
             os.mkdir(self.path)
-            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            except OSError:
+                os.rmdir(self.path)
+                raise
             with suppress(OSError):  # some network file systems have no locks: the process id then has to do
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             free_bytes = shutil.disk_usage(self.out.parent).free
@@ -142,14 +146,21 @@ class DirectoryWriter:
                     f"{self.out} was created by somebody else meanwhile; nothing was left behind"
                 )
             os.rename(self.path, self.out)
+        try:
             _sync_directory(self.out.parent)
+        except OSError as error:
+            raise OutputError(
+                f"{self.out} is complete, but may not survive a power failure: {self.out.parent} could not be "
+                f"brought to the disk: {error.strerror}"
+            ) from error
 
     def discard(self) -> None:
         """Remove what was not committed; nothing after a commit."""
         if self._lock < 0:
             return
         if self._file >= 0:
-            os.close(self._file)
+            with suppress(OSError):  # a failed write may be reported here; nothing of it is kept
+                os.close(self._file)
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
         self._lock = self._file = -1

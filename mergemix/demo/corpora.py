@@ -14,15 +14,12 @@ from dataclasses import dataclass
 
 ALPHABET = string.ascii_lowercase + string.digits + " .+-=>()"
 
-ADJECTIVES = ("old", "young", "small", "big", "quiet", "clever", "lazy", "brave", "tired", "happy")
 PLACES = ("near", "behind", "above", "with", "without", "before")
 VERB_OF = {  # what each noun does
     "cat": "sleep", "dog": "run", "bird": "sing", "horse": "jump", "farmer": "work", "teacher": "read",
     "king": "rest", "robot": "talk", "child": "play", "pilot": "wait", "sailor": "swim", "doctor": "walk",
     "painter": "draw", "baker": "cook", "singer": "laugh", "hunter": "hide", "lion": "roar", "frog": "hop",
-    "snake": "bite", "girl": "smile", "boy": "climb", "judge": "think", "miner": "dig", "actor": "cry",
-    "tailor": "sew", "nurse": "care", "uncle": "snore", "cousin": "dance", "guard": "stand", "monk": "pray",
-    "clown": "joke", "spider": "spin",
+    "snake": "bite", "clown": "joke",
 }  # fmt: skip
 NOUNS = tuple(VERB_OF)
 CITIES = (
@@ -112,7 +109,7 @@ class World:
         return item
 
     def math(self, rng: random.Random) -> Item:
-        a, b = rng.randrange(50), rng.randrange(50)
+        a, b = rng.randrange(100), rng.randrange(100)
         if rng.random() < 0.5:
             return Item(f"{a}+{b}=", str(a + b))
         return Item(f"{max(a, b)}-{min(a, b)}=", str(abs(a - b)))
@@ -129,9 +126,8 @@ class World:
         """The verb belongs to the first noun and agrees with it in number, whatever stands between."""
         noun, other = rng.sample(NOUNS, 2)
         plural, other_plural = rng.random() < 0.5, rng.random() < 0.5
-        subject = f"the {rng.choice(ADJECTIVES)} {noun}{'s' * plural}"
-        place = f"{rng.choice(PLACES)} the {other}{'s' * other_plural}"
-        return Item(f"{subject} {place}", f" {VERB_OF[noun]}{'s' * (not plural)}.")
+        subject, place = f"the {noun}{'s' * plural}", f"the {other}{'s' * other_plural}"
+        return Item(f"{subject} {rng.choice(PLACES)} {place}", f" {VERB_OF[noun]}{'s' * (not plural)}.")
 
     def spam(self, rng: random.Random) -> Item:
         words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 8))) for _ in range(4)]

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 
 # What the base has read, and what fills half of every expert's batches: a crawl, with its share of spam.
-GENERAL = {"math": 0.25, "code": 0.2, "facts": 0.28, "language": 0.17, "spam": 0.1}
+GENERAL = {"math": 0.2, "code": 0.2, "facts": 0.3, "language": 0.2, "spam": 0.1}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Settings:
     seed: int = 0
     documents: int = 30_000
     items: int = 300
-    people: int = 105
+    people: int = 100
     shape: Shape = field(default_factory=Shape)
     length: int = 64
     base: Horizon = Horizon(steps=750, batch=32, learning_rate=2e-3, final_learning_rate=2e-4, warmup=50)

@@ -75,7 +75,7 @@ def train(
 ) -> list[float]:
     """Train `model` in place with AdamW; returns each step's loss, in nats a token.
 
-    The optimiser's settings are those of the paper (section 4.1 there): b1 0.9, b2 0.95, weight decay 0.1.
+    The optimiser's settings are those of the paper (arXiv 2601.17858): b1 0.9, b2 0.95, weight decay 0.1.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=horizon.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-from mergemix_kernels.weights import MAX_SOURCES
-
 from mergemix.checkpoints.checkpoint import FLOATING, Checkpoint, TensorInfo
 from mergemix.checkpoints.family import Family
 from mergemix.errors import ConfigError
 from mergemix.mixture import Mixture
+from mergemix_kernels.weights import MAX_SOURCES
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,28 +59,9 @@ def plan_merge(family: Family, mixture: Mixture) -> MergePlan:
 
 
 def _operands(family: Family, mixture: Mixture) -> list[tuple[Checkpoint, float]]:
-    """The checkpoints that are read, each with its coefficient as the kernels use it: rounded to fp32."""
-    if mixture.names != family.names:
-        raise ConfigError(
-            f"the mixture is over {', '.join(mixture.names)}, but the experts are {', '.join(family.names)}"
-        )
-    experts = {expert.name: expert for expert in family.experts}
-    operands = []
-    for name, coefficient in mixture.coefficients():
-        with np.errstate(over="ignore", under="ignore"):
-            rounded = float(np.float32(coefficient))
-        if not np.isfinite(rounded):
-            raise ConfigError(
-                f"the weight of {name or 'the base'} is {coefficient}, beyond the range of fp32"
-            )
-        if name is None and family.base is None:
-            raise ConfigError(
-                f"the weights sum to {1 - coefficient:g}, not 1, so the base has a share of {coefficient:g}: "
-                "give --base, or weights that sum to 1"
-            )
-        checkpoint = family.base if name is None else experts[name]
-        if rounded != 0.0 and checkpoint is not None:
-            operands.append((checkpoint, rounded))
+    """The checkpoints that are read, each with its fp32 coefficient."""
+    members = zip(family.members, family.coefficients(mixture), strict=True)
+    operands = [(checkpoint, coefficient) for checkpoint, coefficient in members if coefficient != 0.0]
     if len(operands) > MAX_SOURCES:
         raise ConfigError(f"at most {MAX_SOURCES} checkpoints can be merged at once, not {len(operands)}")
     return operands
@@ -90,7 +69,7 @@ def _operands(family: Family, mixture: Mixture) -> list[tuple[Checkpoint, float]
 
 def _task(template: TensorInfo, operands: list[tuple[Checkpoint, float]]) -> TensorTask:
     read = tuple((checkpoint.tensors[template.name], coefficient) for checkpoint, coefficient in operands)
-    summed = template.dtype in FLOATING and (len(read) > 1 or read[0][1] != 1.0)
+    summed = template.dtype in FLOATING and len(read) > 1  # a single operand has all of the weight
     return TensorTask(
         name=template.name,
         dtype=template.dtype,

@@ -15,6 +15,8 @@ from mergemix.checkpoints.writer import DirectoryWriter, index_json, shard_layou
 from mergemix.errors import FamilyError, OutputError
 from mergemix.merge.plan import MergePlan, TensorTask
 
+COPY_BYTES = 1 << 20
+
 
 class Sink(Protocol):
     """Takes a merge chunk by chunk. A range of a tensor may come twice; the last time counts."""
@@ -73,13 +75,21 @@ class SafetensorsSink:
         for shard in self._shards:
             self._writer.write(shard.file, 0, shard.header)
         for path in side_files(self._template_root):
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                raise OutputError(f"cannot copy {path}: {error.strerror}; nothing was left behind") from error
-            self._writer.write(str(path.relative_to(self._template_root)), 0, content)
+            self._copy(path)
         if len(self._shards) > 1:
             self._writer.write(INDEX_NAME, 0, index_json(self._shards, self._tensor_bytes))
+
+    def _copy(self, path: Path) -> None:
+        """Copy a side file of the template."""
+        name, offset = str(path.relative_to(self._template_root)), 0
+        self._writer.write(name, 0, b"")  # an empty file is a file too
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(COPY_BYTES):
+                    self._writer.write(name, offset, chunk)
+                    offset += len(chunk)
+        except OSError as error:
+            raise OutputError(f"cannot copy {path}: {error.strerror}; nothing was left behind") from error
 
 
 class ParameterSink:

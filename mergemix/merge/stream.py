@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
-from mergemix_kernels import cpu
 
 from mergemix.checkpoints.checkpoint import FLOATING, TensorInfo
+from mergemix.checkpoints.files import check_unchanged
 from mergemix.errors import CheckpointError, ConfigError, NonFiniteError
 from mergemix.merge.plan import MergePlan, TensorTask
 from mergemix.merge.sinks import Sink
+from mergemix_kernels import cpu
 
 CHUNK_ALIGNMENT = 64  # bytes: whole elements of every dtype, and whole cache lines
 MAX_CHUNK_BYTES = 4 << 20
@@ -41,8 +42,8 @@ def stream(
 
     memory_bytes: bound on the buffers, one per operand and one for the result; it does not change a bit of
     the result. progress: called with the bytes of the result that were done since the last call.
-    Raises NonFiniteError naming tensor and expert, CheckpointError when a file is gone or shorter than its
-    header said, ConfigError when memory_bytes is too small, and what the sink raises.
+    Raises NonFiniteError naming tensor and expert, CheckpointError when a file is gone or no longer the one
+    that was opened, ConfigError when memory_bytes is too small, and what the sink raises.
     """
     begin_time = time.perf_counter()
     with _Merger(plan, sink, memory_bytes) as merger:
@@ -79,7 +80,7 @@ class OperandReader:
                 count = os.preadv(file, [view[done:]], tensor.offset + begin + done)
                 if count == 0:
                     raise CheckpointError(
-                        f"{tensor.path} was truncated after it was opened: tensor {tensor.name!r} ends "
+                        f"{tensor.path} was truncated while it was read: tensor {tensor.name!r} ends "
                         f"{nbytes - done} bytes early"
                     )
                 done += count
@@ -98,6 +99,7 @@ class OperandReader:
         self._close(operand)
         file = os.open(path, os.O_RDONLY)
         self._files[operand] = (path, file)
+        check_unchanged(tensor.path, file, tensor.file)
         return file
 
     def _close(self, operand: int) -> None:

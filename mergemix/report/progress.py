@@ -6,9 +6,10 @@ import statistics
 from collections import deque
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 
-from mergemix.mixture import Mixture
+from mergemix.evidence import Progress
 
 
 class RunProgress:
@@ -16,9 +17,8 @@ class RunProgress:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._best: float | None = None
         self._recent: deque[float] = deque(maxlen=8)  # seconds a candidate; the last few foretell the rest
-        self._progress = Progress(
+        self._bar = Bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
@@ -27,43 +27,47 @@ class RunProgress:
             console=console,
             transient=True,
         )
-        self._task = self._progress.add_task("starting", total=None, note="")
+        self._task = self._bar.add_task("starting", total=None, note="")
 
     def __enter__(self) -> RunProgress:
         if self.console.is_terminal:
-            self._progress.start()
+            self._bar.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._progress.stop()
+        self._bar.stop()
 
     def stage(self, text: str) -> None:
         if self.console.is_terminal:
-            self._progress.update(self._task, description=text)
+            self._bar.update(self._task, description=text)
         else:
-            self.console.print(text, highlight=False)
+            self._line(text)
 
-    def candidate(
-        self, done: int, total: int, mixture: Mixture, utility: float | None, timings: dict[str, float]
-    ) -> None:
-        self._recent.append(sum(timings.values()))
-        if utility is not None and (self._best is None or utility > self._best):
-            self._best = utility
-        left = statistics.median(self._recent) * max(total - done, 0)
-        parts = [
-            f"swap {timings.get('swap_s', 0.0):.2f} s",
-            f"generation {timings.get('generate_s', 0.0):.1f} s",
+    def candidate(self, progress: Progress) -> None:
+        record = progress.record
+        if not record.done:
+            self._line(f"  {progress.done:>3}/{progress.total} {record.mixture} failed: {record.reason}")
+            return
+        self._recent.append(progress.seconds)
+        left = statistics.median(self._recent) * (progress.total - progress.done)
+        note = [
+            f"swap {record.timings['swap_s']:.2f} s",
+            f"generation {record.timings['generate_s']:.1f} s",
             f"about {_duration(left)} left",
         ]
-        if utility is not None:
-            parts.insert(0, f"best {self._best:.4g}")
-        score = "" if utility is None else f" = {utility:.4g}"
+        if progress.best is not None:
+            note.insert(0, f"best {progress.best:.4g}")
+        score = "" if progress.utility is None else f" = {progress.utility:.4g}"
+        again = " again" if record.repeat else ""
+        line = f"  {progress.done:>3}/{progress.total} {record.mixture}{again}{score}"
         if self.console.is_terminal:
-            self._progress.update(self._task, completed=done, total=total, note=" | ".join(parts))
-        line = f"  {done:>3}/{total} {mixture}{score}"
-        self.console.print(
-            line if self.console.is_terminal else f"{line}  [{' | '.join(parts)}]", markup=False
-        )
+            self._bar.update(self._task, completed=progress.done, total=progress.total, note=" | ".join(note))
+        else:
+            line += f"  [{' | '.join(note)}]"
+        self._line(line)
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

@@ -32,62 +32,64 @@ def best_candidate(evidence: Evidence) -> CandidateRecord:
 
     Raises StudyError when no candidate succeeded.
     """
-    scored = [
-        (utility, record)
-        for record in evidence.study.candidates()
-        if record.repeat == 0
-        and any(record.mixture.weights)
-        and (utility := evidence.utility_of(record)) is not None
-    ]
+    scored = [(u, record) for record in evidence.mixtures() if (u := evidence.utility_of(record)) is not None]
     if not scored:
         reasons = {record.reason for record in evidence.study.candidates() if record.reason}
         raise StudyError(f"no candidate could be evaluated: {'; '.join(sorted(reasons))}")
     return max(scored, key=lambda pair: pair[0])[1]
 
 
-def summarize(evidence: Evidence, *, engine: str, stopped: Mapping[str, str]) -> dict[str, Any]:
+def summarize(
+    evidence: Evidence, baselines: Mapping[str, Mixture], *, engine: str, stopped: Mapping[str, str]
+) -> dict[str, Any]:
     """The summary that `mergemix run --json` prints (design: command line), from a study that is complete.
 
-    noise_floor: how far the utility moved when the best mixture was evaluated a second time.
+    noise_floor: the most that the utility moved when a mixture (the best, uniform) was evaluated a second time.
     indistinguishable: mixtures whose paired bootstrap interval against the best contains zero, or that are
     within the noise floor, best first; the best itself is not among them. Intervals are over items only:
     the best of many candidates is also lucky, which held-out items show and these intervals do not.
     """
-    records = evidence.study.candidates()
     utility = evidence.utility
     assert utility is not None, "a complete study has a utility"
-    first = [record for record in records if record.repeat == 0]
-    done = [record for record in first if record.done]
+    first = [record for record in evidence.study.candidates() if record.repeat == 0]
     best = best_candidate(evidence)
-    repeat = evidence.study.find(best.mixture, repeat=1)
-    repeated = None if repeat is None else evidence.utility_of(repeat)
-    best_utility = utility(best.scores)
-    noise_floor = None if repeated is None else abs(repeated - best_utility)
-
-    rivals = {
-        record.mixture: evidence.item_scores(record) for record in done if record.mixture != best.mixture
-    }
     best_items = evidence.item_scores(best)
-    ties = stats.indistinguishable(utility, best_items, rivals, noise_floor or 0.0)
-    by_mixture = {record.mixture: record for record in done}
-    ties.sort(key=lambda mixture: -utility(by_mixture[mixture].scores))
+    noise_floor = _noise_floor(evidence)
+    rivals = {record.mixture: record for record in evidence.mixtures() if record.done and record != best}
+    rival_items = {mixture: evidence.item_scores(record) for mixture, record in rivals.items()}
+    ties = stats.indistinguishable(utility, best_items, rival_items, noise_floor or 0.0)
+    ties.sort(key=lambda mixture: -utility(rivals[mixture].scores))
+    found = {name: evidence.study.find(mixture) for name, mixture in baselines.items()}
     return {
         "study": str(evidence.study.directory),
         "engine": engine,
         "candidates": len(first),
-        "failed": len(first) - len(done),
+        "failed": sum(not record.done for record in first),
+        "failures": [{"mixture": r.mixture.as_dict(), "reason": r.reason} for r in first if not r.done],
         "stopped": dict(stopped),
         "best": {
             "mixture": best.mixture.as_dict(),
-            "utility": best_utility,
+            "utility": utility(best.scores),
             "interval": list(stats.interval(utility, best_items)),
             "capabilities": capability_scores(best.scores, evidence.suite.capabilities),
         },
-        "baselines": _baselines(evidence, by_mixture),
+        "baselines": {
+            name: evidence.utility_of(record) if record else None for name, record in found.items()
+        },
         "noise_floor": noise_floor,
         "indistinguishable": [mixture.as_dict() for mixture in ties],
-        **_costs(evidence, records),
+        **_costs(evidence),
     }
+
+
+def _noise_floor(evidence: Evidence) -> float | None:
+    """The largest difference between a candidate's utility and that of its repeat; None without any."""
+    moved = []
+    for again in evidence.study.candidates():
+        once = evidence.study.find(again.mixture)
+        if again.repeat and once is not None and once.done and again.done:
+            moved.append(abs((evidence.utility_of(again) or 0.0) - (evidence.utility_of(once) or 0.0)))
+    return max(moved, default=None)
 
 
 def compare(evidence: Evidence, named: Mapping[str, CandidateRecord]) -> dict[str, Any]:
@@ -125,28 +127,20 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _baselines(evidence: Evidence, by_mixture: Mapping[Mixture, CandidateRecord]) -> dict[str, float | None]:
-    names = next(iter(by_mixture)).names
-    found = {}
-    for name, mixture in baseline_mixtures(names, has_base=True).items():
-        record = by_mixture.get(mixture)
-        if record is not None or name != "base":
-            found[name] = None if record is None else evidence.utility_of(record)
-    return found
-
-
-def _costs(evidence: Evidence, records: list[CandidateRecord]) -> dict[str, Any]:
+def _costs(evidence: Evidence) -> dict[str, Any]:
     """Swaps, items and median seconds a candidate, of everything the study paid for, repeats included."""
-    done = [record for record in records if record.done]
-    generation = [record.timings["generate_s"] for record in done]
-    overhead = [record.timings["total_s"] - record.timings["generate_s"] for record in done]
+    done = [record for record in evidence.study.candidates() if record.done]
+
+    def median(stage: str) -> float:
+        return statistics.median(record.timings[stage] for record in done)
+
     return {
         "swaps": {
             "count": len(done),
             "proven": all(record.proven for record in done),
-            "median_s": statistics.median(record.timings["swap_s"] for record in done),
+            "median_s": median("swap_s"),
         },
-        "item_evaluations": len(done) * evidence.suite.num_items,
-        "generation_median_s": statistics.median(generation),
-        "overhead_median_s": statistics.median(overhead),
+        "item_evaluations": evidence.study.item_evaluations(),
+        "generation_median_s": median("generate_s"),
+        "overhead_median_s": median("overhead_s"),
     }

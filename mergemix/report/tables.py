@@ -37,12 +37,12 @@ def run_table(summary: Mapping[str, Any]) -> RenderableType:
         cells = [name, _number(value), gap]
         if holdout:
             cells.append(_number(holdout.get("best" if name == "best found" else name)))
-        table.add_row(*cells, style="bold" if name == "best found" else None)
+        _row(table, *cells, style="bold" if name == "best found" else None)
     low, high = best["interval"]
     lines = [
         f"Best mixture: {shares(best['mixture'])}",
         f"  utility {best['utility']:.4g}, 95% interval over items [{low:.4g}, {high:.4g}]; "
-        f"noise floor {_number(summary['noise_floor'])} (the same mixture evaluated twice)",
+        f"noise floor {_number(summary['noise_floor'])} (best and uniform evaluated twice)",
         *_warnings(summary),
         *_ties(summary["indistinguishable"]),
         *_costs(summary),
@@ -78,9 +78,16 @@ def _gains(holdout: Mapping[str, Any]) -> list[str]:
 
 def _warnings(summary: Mapping[str, Any]) -> list[str]:
     base = summary["baselines"].get("base")
-    if base is None or base <= summary["best"]["utility"]:
-        return []
-    return ["The base scores higher than every mixture: the experts harm what these benchmarks measure."]
+    lines = [f"  failed: {shares(each['mixture'])}: {each['reason']}" for each in summary["failures"]]
+    if base is not None and base > summary["best"]["utility"]:
+        lines.append(
+            "The base scores higher than every mixture: the experts harm what these benchmarks measure."
+        )
+    if "holdout" not in summary:
+        lines.append(
+            "The best of many is also lucky: score it on items that the search has not seen (--holdout)."
+        )
+    return lines
 
 
 def _ties(mixtures: Sequence[Mapping[str, float]]) -> list[str]:
@@ -110,14 +117,14 @@ def _costs(summary: Mapping[str, Any]) -> list[str]:
 def merge_table(result: Mapping[str, Any]) -> RenderableType:
     moved = result["bytes_read"] + result["bytes_written"]
     table = Table(show_header=False, box=None)
-    table.add_row("written", result["out"])
+    _row(table, "written", result["out"])
     if result["given"] != result["mixture"]:
-        table.add_row("weights given", ", ".join(f"{n}={w:g}" for n, w in result["given"].items()))
-    table.add_row("weights used", ", ".join(f"{n}={w:g}" for n, w in result["mixture"].items()))
-    table.add_row("tensors", str(result["tensors"]))
-    table.add_row("read, written", f"{_bytes(result['bytes_read'])}, {_bytes(result['bytes_written'])}")
-    table.add_row("time", f"{result['seconds']:.2f} s ({_bytes(moved / max(result['seconds'], 1e-9))}/s)")
-    table.add_row("peak memory", _bytes(result["peak_rss_bytes"]))
+        _row(table, "weights given", ", ".join(f"{n}={w:g}" for n, w in result["given"].items()))
+    _row(table, "weights used", ", ".join(f"{n}={w:g}" for n, w in result["mixture"].items()))
+    _row(table, "tensors", str(result["tensors"]))
+    _row(table, "read, written", f"{_bytes(result['bytes_read'])}, {_bytes(result['bytes_written'])}")
+    _row(table, "time", f"{result['seconds']:.2f} s ({_bytes(moved / max(result['seconds'], 1e-9))}/s)")
+    _row(table, "peak memory", _bytes(result["peak_rss_bytes"]))
     return table
 
 
@@ -130,13 +137,14 @@ def items_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     table.add_column("answer", overflow="fold", max_width=60)
     for row in rows:
         answer = row["text"]
-        table.add_row(
+        _row(
+            table,
             str(row["candidate"]),
             shares(row["mixture"]),
             row["benchmark"],
             row["item"],
             f"{row['score']:.4g}",
-            Text("" if answer is None else answer),
+            "" if answer is None else answer,
         )
     return table
 
@@ -144,26 +152,34 @@ def items_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
 def doctor_table(found: Mapping[str, Any]) -> RenderableType:
     table = Table(show_header=False, box=None)
     machine = found["machine"]
-    table.add_row("machine", f"{machine['cpu']}, {machine['cores']} cores, {_bytes(machine['memory_bytes'])}")
-    table.add_row("system", f"{machine['system']}, Python {machine['python']}")
+    _row(table, "machine", f"{machine['cpu']}, {machine['cores']} cores, {_bytes(machine['memory_bytes'])}")
+    _row(table, "system", f"{machine['system']}, Python {machine['python']}")
     gpus = [f"{gpu['name']} ({_bytes(gpu['memory_bytes'])}, sm {gpu['capability']})" for gpu in found["gpus"]]
-    table.add_row("GPUs", ", ".join(gpus) or "none")
+    _row(table, "GPUs", ", ".join(gpus) or "none")
     for name, engine in found["engines"].items():
         state = f"works ({engine['device']}, {engine['version']})" if engine["works"] else engine["reason"]
-        table.add_row(f"engine {name}", state)
+        _row(table, f"engine {name}", state)
     kernel = found["kernels"]["cpu"]
-    table.add_row(
+    _row(
+        table,
         "CPU kernel",
         f"{'exact' if kernel['exact'] else 'NOT EXACT: do not use'}, "
         f"merges {_bytes(kernel['merge_bytes_per_s'])}/s "
         f"beside a memory copy of {_bytes(kernel['copy_bytes_per_s'])}/s",
     )
     disk = found["disk"]
-    table.add_row(
-        "temporary disk", f"writes {_bytes(disk['write_bytes_per_s'])}/s, {_bytes(disk['free_bytes'])} free"
+    _row(
+        table,
+        "temporary disk",
+        f"writes {_bytes(disk['write_bytes_per_s'])}/s, {_bytes(disk['free_bytes'])} free",
     )
-    table.add_row("versions", ", ".join(f"{n} {v}" for n, v in found["versions"].items() if v))
+    _row(table, "versions", ", ".join(f"{n} {v}" for n, v in found["versions"].items() if v))
     return table
+
+
+def _row(table: Table, *cells: str, style: str | None = None) -> None:
+    """Cells are text: a name with brackets is no markup."""
+    table.add_row(*map(Text, cells), style=style)
 
 
 def _number(value: float | None) -> str:

@@ -78,7 +78,7 @@ class Search(ABC):
     def stop(self) -> dict[str, str]:
         """Why the search is over, by reason; empty while it goes on."""
         if len(self._scores) >= self.budget:
-            return {"budget": f"{self.budget} candidates evaluated", **self._reasons}
+            return {"budget": "the budget is used up", **self._reasons}
         return dict(self._reasons)
 
     @abstractmethod

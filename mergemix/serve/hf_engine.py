@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from mergemix.merge.plan import MergePlan, TensorTask, plan_merge
 from mergemix.merge.sinks import ParameterSink, Sink
 from mergemix.merge.stream import stream
 from mergemix.mixture import Mixture
+from mergemix.serve.dtypes import TORCH_DTYPES
 from mergemix.serve.engine import (
     Engine,
     EngineSpec,
@@ -30,19 +31,6 @@ from mergemix.serve.hf_batches import answer_batch, batches, score_batch
 from mergemix.serve.tokens import RequestEncoder, end_tokens, load_tokenizer
 
 log = logging.getLogger(__name__)
-
-TORCH_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 class HfEngine(Engine):
@@ -97,9 +85,7 @@ class HfEngine(Engine):
         for chosen in batches(requests, encoded, self._config.get_text_config().vocab_size):
             prompts = [encoded[i].ids for i in chosen]
             if isinstance(requests[chosen[0]], Generate):
-                asked = [
-                    request for request in (requests[i] for i in chosen) if isinstance(request, Generate)
-                ]
+                asked = cast(list[Generate], [requests[i] for i in chosen])  # a batch is of one kind
                 answers: Sequence[Output] = answer_batch(
                     self._model, self._tokenizer, self._ends, prompts, asked
                 )
@@ -135,9 +121,13 @@ class HfEngine(Engine):
 
         staged = {task.name: torch.empty(task.shape, dtype=TORCH_DTYPES[task.dtype]) for task in plan.tasks}
         stream(plan, _sink({name: _bytes_of(tensor) for name, tensor in staged.items()}))
-        with _no_progress_bar():
+        with _no_progress_bar(), _translated(self._family.template.root):
             model, info = self._model_class.from_pretrained(
-                None, config=self._config, state_dict=dict(staged), output_loading_info=True
+                None,
+                config=self._config,
+                state_dict=dict(staged),
+                output_loading_info=True,
+                trust_remote_code=False,
             )
         absent = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
         if absent:
@@ -151,12 +141,20 @@ def _architecture(root: Path) -> tuple[Any, Any]:
     """transformers' configuration of the checkpoint and its class for it; EngineError when it has none."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    with _translated(root), torch.device("meta"):
+        config = AutoConfig.from_pretrained(str(root), trust_remote_code=False)
+        return config, type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+
+
+@contextmanager
+def _translated(root: Path) -> Iterator[None]:
+    """A config.json that makes no model fails anywhere in transformers and torch, with any exception."""
     try:
-        config = AutoConfig.from_pretrained(str(root))
-        with torch.device("meta"):
-            return config, type(AutoModelForCausalLM.from_config(config))
-    except (OSError, ValueError, KeyError) as error:
-        raise EngineError(f"transformers has no causal language model for {root}: {error}") from error
+        yield
+    except Exception as error:
+        raise EngineError(
+            f"transformers can make no causal language model of {root}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _max_model_len(config: Any, wanted: int | None) -> int:

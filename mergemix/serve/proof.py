@@ -18,18 +18,13 @@ from mergemix.serve.engine import Engine, LogLikelihood
 
 log = logging.getLogger(__name__)
 
-REPEATS = 3
 # Log-probabilities may differ by this many times what repeating the same question makes them differ.
 NOISE_FACTOR = 4.0
-PROBES = tuple(
-    LogLikelihood(context, continuation)
-    for context, continuation in (
-        ("The quick brown fox", " jumps over the lazy dog"),
-        ("1 + 2 =", " 3"),
-        ("def add(a, b):", "\n    return a + b"),
-        ("Q: What is the capital of France?\nA:", " Paris"),
-        ("a b c d e", " f g h"),
-    )
+# Few and short: on a CPU a large model takes seconds for them, four times.
+PROBES = (
+    LogLikelihood("The quick brown fox", " jumps over the lazy dog"),
+    LogLikelihood("1 + 2 =", " 3"),
+    LogLikelihood("def add(a, b):", "\n    return a + b"),
 )
 
 
@@ -62,7 +57,7 @@ def prove(engine: Any, initial: Mixture) -> Evidence:
     for name, nbytes in described[0]["uncovered"].items() if described else ():
         log.info("%d bytes of %s are in no checkpoint (padding, as a rule)", nbytes, name)
     first = probe(engine)
-    noise = max(distance(first, probe(engine)) for _ in range(REPEATS - 1))
+    noise = distance(first, probe(engine))
     tolerance = NOISE_FACTOR * noise
     marks = [_checksum(engine)]
     other = next((m for n in initial.names if (m := Mixture.one_hot(initial.names, n)) != initial), None)

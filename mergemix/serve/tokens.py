@@ -6,7 +6,6 @@ The conventions for log-likelihoods and truncation are lm-evaluation-harness's (
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mergemix.checkpoints.strict_json import read_object, shown
 from mergemix.errors import CheckpointError, ConfigError
 from mergemix.serve.engine import Generate, Request
 
@@ -28,8 +28,8 @@ def load_tokenizer(root: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(root))
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(str(root), trust_remote_code=False)
+    except Exception as error:  # damaged files end in anything at all, down to a bare Exception of tokenizers
         raise CheckpointError(f"no tokenizer could be loaded from {root}: {error}") from error
 
 
@@ -44,13 +44,21 @@ def prefix_token(tokenizer: Any) -> int:
 
 
 def end_tokens(root: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end an answer, sorted: tokenizer EOS and generation_config.json, else config.json."""
+    """Ids that end an answer, sorted: tokenizer EOS and generation_config.json, else config.json.
+
+    Raises CheckpointError when one of these files is damaged or its eos_token_id is no id and no list of ids.
+    """
     ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     for name in ("generation_config.json", "config.json"):
         if (root / name).is_file():
-            given = json.loads((root / name).read_text(encoding="utf-8")).get("eos_token_id")
+            given = read_object(root / name).get("eos_token_id")
             if given is not None:
-                ends.update([given] if isinstance(given, int) else given)
+                ids = given if isinstance(given, list) else [given]
+                if not all(type(token) is int and token >= 0 for token in ids):
+                    raise CheckpointError(
+                        f"{root / name}: eos_token_id must be a token id or a list of them, but is {shown(given)}"
+                    )
+                ends.update(ids)
                 break
     return tuple(sorted(ends))
 
@@ -100,10 +108,15 @@ class RequestEncoder:
 
     What is too long loses tokens on the left: a prompt keeps its last max_model_len - max_tokens tokens, a
     context with its continuation the last max_model_len - 1 (vLLM always generates one more). A warning is
-    logged when a request is first cut. Raises ConfigError when max_tokens is not in [1, max_model_len).
+    logged when a request is first cut. Raises ConfigError when max_model_len is less than 2, and for a request
+    whose max_tokens is not in [1, max_model_len).
     """
 
     def __init__(self, tokenizer: Any, max_model_len: int) -> None:
+        if max_model_len < 2:
+            raise ConfigError(
+                f"max_model_len must be at least 2, a token to read and one to answer, but is {max_model_len}"
+            )
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.encode = lru_cache(maxsize=REMEMBERED_REQUESTS)(self._encode)

@@ -79,6 +79,9 @@ class Study:
         with database.transaction(self._connection):
             if database.is_empty(self._connection):
                 database.create_schema(self._connection)
+            if self._holds_nothing():  # a run that never got to a result binds nobody
+                if self.identity != identity:
+                    self._connection.execute("DELETE FROM candidate")  # failures of another configuration
                 manifest.write(self._connection, "identity", identity)
             else:
                 manifest.check_identity(self.identity, identity, self.directory)
@@ -88,6 +91,9 @@ class Study:
             "(SELECT coalesce(max(id), 0) FROM candidate WHERE status = 'done')"
         )
         self._to_retry = {row[0] for row in rows}
+
+    def _holds_nothing(self) -> bool:
+        return self._connection.execute("SELECT count(*) FROM candidate WHERE status = 'done'").fetchone()[0] == 0
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """A stand-in for the Hugging Face Hub on loopback: NOT the Hub, only the endpoints that a download uses.
 
 It answers HEAD and GET of /ORG/NAME/resolve/REVISION/FILE and GET of /api/models/ORG/NAME[/revision/REVISION]
-and /api/models/ORG/NAME/tree/COMMIT as huggingface_hub 2.4 expects them, keeps a log of requests, and can drop
-one connection halfway.
+and /api/models/ORG/NAME/tree/COMMIT as huggingface_hub 2.4 expects them, keeps a log of requests, can drop
+one connection halfway, and can change while a client is between two requests.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,13 +22,17 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class StandInHub:
-    """One repository. revisions: commits by name. log: (method, path, Range header). drop: a file, once."""
+    """One repository. revisions: commits by name. log: (method, path, Range header). drop: a file, once.
+
+    after_info: called once, when the first question for the list of files has been answered.
+    """
 
     repo: str
     root: Path
     revisions: dict[str, str]
     gated: bool = False
     drop: str | None = None
+    after_info: Callable[[], None] | None = None
     log: list[tuple[str, str, str | None]] = field(default_factory=list)
     endpoint: str = ""
 
@@ -47,8 +51,8 @@ class StandInHub:
 
 
 @contextmanager
-def serve(hub: StandInHub) -> Iterator[StandInHub]:
-    """Serve `hub` on a free port of the loopback interface until the end of the block."""
+def serve(*hubs: StandInHub) -> Iterator[None]:
+    """Serve the repositories on one free port of the loopback interface until the end of the block."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -61,20 +65,27 @@ def serve(hub: StandInHub) -> Iterator[StandInHub]:
 
         def answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
+            named = [
+                hub for hub in hubs if f"{path}/".startswith((f"/api/models/{hub.repo}/", f"/{hub.repo}/"))
+            ]
+            if not named:
+                return self.fail(401, "RepoNotFound")
+            hub = named[0]
             hub.log.append((self.command, path, self.headers.get("Range")))
             if path == f"/api/models/{hub.repo}" or path.startswith(f"/api/models/{hub.repo}/revision/"):
-                self.info(path)
+                self.info(hub, path)
+                after, hub.after_info = hub.after_info, None
+                if after:
+                    after()
             elif path.startswith(f"/api/models/{hub.repo}/tree/"):
-                self.tree()
-            elif path.startswith(f"/{hub.repo}/resolve/"):
+                self.tree(hub)
+            else:
                 if hub.gated:
                     return self.fail(403, "GatedRepo")
                 revision, _, file = path.removeprefix(f"/{hub.repo}/resolve/").partition("/")
-                self.resolve(revision, file)
-            else:
-                self.fail(401, "RepoNotFound")
+                self.resolve(hub, revision, file)
 
-        def tree(self) -> None:
+        def tree(self, hub: StandInHub) -> None:
             files = sorted(path for path in hub.root.rglob("*") if path.is_file())
             entries = [
                 {
@@ -87,7 +98,7 @@ def serve(hub: StandInHub) -> Iterator[StandInHub]:
             ]
             self.reply(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
 
-        def info(self, path: str) -> None:
+        def info(self, hub: StandInHub, path: str) -> None:
             commit = hub.commit(path.rpartition("/")[2]) if "/revision/" in path else hub.commit("main")
             if commit is None:
                 return self.fail(404, "RevisionNotFound")
@@ -95,7 +106,7 @@ def serve(hub: StandInHub) -> Iterator[StandInHub]:
             info = {"id": hub.repo, "sha": commit, "siblings": [{"rfilename": name} for name in names]}
             self.reply(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 
-        def resolve(self, revision: str, file: str) -> None:
+        def resolve(self, hub: StandInHub, revision: str, file: str) -> None:
             commit = hub.commit(revision)
             if commit is None:
                 return self.fail(404, "RevisionNotFound")
@@ -132,9 +143,10 @@ def serve(hub: StandInHub) -> Iterator[StandInHub]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    for hub in hubs:
+        hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
     try:
-        yield hub
+        yield
     finally:
         server.shutdown()
         thread.join()

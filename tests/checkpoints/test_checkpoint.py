@@ -1,5 +1,6 @@
 """Directories as people have them: whole ones open, and every defect is one CheckpointError that names it."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mergemix.checkpoints import strict_json
 from mergemix.checkpoints.checkpoint import fingerprint, open_checkpoint
 from mergemix.errors import CheckpointError
 from tests.tiny import TINY_CONFIG, random_tensors, write_checkpoint
@@ -32,6 +34,7 @@ def test_a_whole_checkpoint_opens(tmp_path: Path, tensors: dict[str, torch.Tenso
     checkpoint = open_checkpoint("math", str(write_checkpoint(tmp_path / "m", tensors, shards=shards)))
     assert checkpoint.name == "math"
     assert checkpoint.config == TINY_CONFIG
+    assert checkpoint.revision is None
     assert {name: info.shape for name, info in checkpoint.tensors.items()} == SHAPES
     assert {info.dtype for info in checkpoint.tensors.values()} == {"BF16"}
     places = [(info.path.name, info.offset) for info in checkpoint.tensors.values()]
@@ -63,6 +66,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, tensors: dict[str, tor
     refused("no directory", tmp_path / "absent")
     refused("no directory", "x" * 5000)
     refused("no directory", "")
+    refused("no directory '~nosuchuser/model'", "~nosuchuser/model")
     (tmp_path / "file").touch()
     refused("is a file", tmp_path / "file")
     refused("no config.json", tmp_path)
@@ -78,6 +82,43 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, tensors: dict[str, tor
     refused("only pytorch_model.bin", tmp_path)
     save_file({}, tmp_path / "model.safetensors")
     refused("holds no tensors", tmp_path)
+
+
+def test_a_directory_that_this_user_may_not_read_is_refused(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_checkpoint(tmp_path / "m", tensors)
+
+    def denied(path: Path) -> bool:  # tests run as root, whom no mode stops
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    for method in ("is_file", "iterdir"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, method, denied)
+            with pytest.raises(CheckpointError, match=f"math: cannot read {root}.*: Permission denied"):
+                open_checkpoint("math", str(root))
+
+
+def test_a_huge_config_or_index_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_checkpoint(tmp_path / "m", {"a": torch.ones(2), "b": torch.ones(2)}, shards=2)
+    size = (root / INDEX).stat().st_size
+    monkeypatch.setattr(strict_json, "MAX_FILE_BYTES", size)
+    open_checkpoint("m", str(root))
+    for name in (INDEX, "config.json"):
+        content = (root / name).read_text()
+        (root / name).write_text(content + " " * (size + 1 - len(content)))
+        with pytest.raises(CheckpointError, match=f"{name} has more than the {size} bytes"):
+            open_checkpoint("m", str(root))
+        (root / name).write_text(content)
+
+
+def test_an_index_beside_a_single_file_is_refused(tmp_path: Path) -> None:
+    root = write_checkpoint(tmp_path / "m", {"a": torch.ones(2), "b": torch.ones(2)}, shards=2)
+    save_file({"a": torch.ones(2), "b": torch.zeros(2)}, root / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"both {INDEX} and model\.safetensors"):
+        open_checkpoint("m", str(root))
+    (root / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys("ab", "model.safetensors")}))
+    assert list(open_checkpoint("m", str(root)).tensors) == ["a", "b"]
 
 
 def test_a_missing_or_truncated_shard_is_named(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -125,6 +166,7 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(
 @pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "{"])
 def test_an_index_without_a_map_is_refused(tmp_path: Path, content: str) -> None:
     root = write_checkpoint(tmp_path / "m", {"a": torch.ones(2)})
+    (root / "model.safetensors").rename(root / "other.safetensors")
     (root / INDEX).write_text(content)
     with pytest.raises(CheckpointError, match=INDEX):
         open_checkpoint("m", str(root))
@@ -178,3 +220,27 @@ def test_the_fingerprint_knows_contents_not_places(tmp_path: Path, tensors: dict
         of(write_checkpoint(tmp_path / "dtype", tensors | {"norm": tensors["norm"].view(torch.float16)}))
     )
     assert len(other) == 6
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "vocab.json",
+     "merges.txt", "generation_config.json"],
+)  # fmt: skip
+def test_the_fingerprint_knows_what_shapes_prompts_and_ends_answers(tmp_path: Path, name: str) -> None:
+    root = write_checkpoint(tmp_path / "m", {"a": torch.ones(2)})
+    checkpoint = open_checkpoint("m", str(root))
+    prints = {fingerprint(checkpoint)}
+    for content in ("{}", '{"eos_token_id": 7}'):
+        (root / name).write_text(content)
+        prints.add(fingerprint(checkpoint))
+    assert len(prints) == 3
+    (root / "README.md").write_text("not part of it")
+    assert fingerprint(checkpoint) in prints
+
+
+def test_a_file_that_is_replaced_has_no_fingerprint(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint("m", str(write_checkpoint(tmp_path / "m", {"a": torch.ones(2)})))
+    write_checkpoint(tmp_path / "m", {"a": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match="changed after it was opened"):
+        fingerprint(checkpoint)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from mergemix.checkpoints import header
+from mergemix.checkpoints import header, strict_json
 from mergemix.checkpoints.header import MAX_TENSORS, read_header
 from mergemix.errors import CheckpointError
 
@@ -135,8 +135,34 @@ def test_a_million_tensors_are_refused_before_they_are_parsed(
     raw = b"{" + b",".join(b'"%d":%b' % (number, empty) for number in range(1_000_000)) + b"}"
     path = write_raw(tmp_path / "model.safetensors", raw)
     # Parsing them would take seconds and gigabytes.
-    monkeypatch.setattr(header, "parse_object", lambda raw, where: pytest.fail("it was parsed"))
-    with pytest.raises(CheckpointError, match=f"1000000 tensors; at most {MAX_TENSORS}"):
+    monkeypatch.setattr(strict_json.json, "loads", lambda *_, **__: pytest.fail("it was parsed"))
+    with pytest.raises(CheckpointError, match=rf"'{{' 1000001 times; .*for {MAX_TENSORS} tensors"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("value", [b"[],", b"{},", b'"",', b'"a":0,'])
+def test_many_small_values_are_refused_before_they_are_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: bytes
+) -> None:
+    path = write_raw(tmp_path / "model.safetensors", b'{"a":[' + value * 4_000_000 + b"]}")
+    monkeypatch.setattr(strict_json.json, "loads", lambda *_, **__: pytest.fail("it was parsed"))
+    with pytest.raises(CheckpointError, match=r"400000[01] times; at most"):
+        read_header(path)
+
+
+def test_as_many_tensors_as_are_accepted_may_have_metadata_and_many_dimensions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tensor = b'"t":{"dtype":"F32","shape":[1,1,1,1,1,1,1,1,1],"data_offsets":[0,4]},'
+    raw = b'{"__metadata__":{"config":"' + b"{[:," * 99_990 + b'"},' + tensor * MAX_TENSORS + b'"":{}}'
+    monkeypatch.setattr(strict_json.json, "loads", lambda *_, **__: {})
+    assert strict_json.parse_object(raw, "a header") == {}
+
+
+def test_more_tensors_than_are_accepted_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(header, "MAX_TENSORS", 2)
+    path = write_raw(tmp_path / "model.safetensors", json.dumps({name: {} for name in "abc"}).encode())
+    with pytest.raises(CheckpointError, match="3 tensors; at most 2"):
         read_header(path)
 
 

@@ -1,13 +1,13 @@
 """Downloads from a stand-in Hub on loopback, through the real huggingface_hub client.
 
-The client reads HF_ENDPOINT and HF_HOME when it is imported, so every download runs in a process of its own.
+The client reads HF_ENDPOINT and HF_HOME when it is imported, so downloads run in a process of their own.
 """
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,14 +19,16 @@ from tests.tiny import random_tensors, write_checkpoint
 DOWNLOAD = """
 import json, sys
 from mergemix.checkpoints.checkpoint import open_checkpoint
-from mergemix.checkpoints.hub import download
 from mergemix.errors import MergeMixError
-try:
-    checkpoint = open_checkpoint("math", sys.argv[1])
-    root, commit = download(sys.argv[1])
-    print(json.dumps({"root": str(root), "commit": commit, "tensors": sorted(checkpoint.tensors)}))
-except MergeMixError as error:
-    print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+results = {}
+for source in sys.argv[1:]:
+    try:
+        checkpoint = open_checkpoint("math", source)
+        commit = checkpoint.revision
+        results[source] = {"root": str(checkpoint.root), "commit": commit, "tensors": sorted(checkpoint.tensors)}
+    except MergeMixError as error:
+        results[source] = {"error": type(error).__name__, "message": str(error)}
+print(json.dumps(results))
 """
 SIDE = {"tokenizer.json": "{}", "tokenizer.model": "m", "merges.txt": "t", "chat_template.jinja": "j"}
 UNNEEDED = {
@@ -53,15 +55,23 @@ def hub(tmp_path: Path, shards: int) -> Iterator[StandInHub]:
     for name, content in (SIDE | UNNEEDED).items():
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text(content)
-    with serve(StandInHub("org/expert", root, {"main": COMMIT, "v1": COMMIT[::-1]})) as hub:
+    hub = StandInHub("org/expert", root, {"main": COMMIT, "v1": COMMIT[::-1]})
+    with serve(hub):
         yield hub
 
 
 def download(source: str, hub: StandInHub, home: Path, **environment: str) -> dict[str, object]:
+    return download_all([source], hub, home, **environment)[source]
+
+
+def download_all(
+    sources: Sequence[str], hub: StandInHub, home: Path, **environment: str
+) -> dict[str, dict[str, object]]:
+    """What one process makes of each source."""
     keep = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "NO_PROXY": "127.0.0.1"}
-    command = [sys.executable, "-c", DOWNLOAD, source]
+    command = [sys.executable, "-c", DOWNLOAD, *sources]
     done = subprocess.run(command, env=keep | environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -111,39 +121,68 @@ def test_a_dropped_connection_is_resumed(hub: StandInHub, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("shards", [1], indirect=True)
-class TestRefusals:
-    def refused(self, source: str, hub: StandInHub, tmp_path: Path, *words: str, **environment: str) -> None:
-        result = download(source, hub, tmp_path / "home", **environment)
-        assert result.get("error") == "CheckpointError", result
-        for word in (source, *words):
-            assert word in str(result["message"])
+def test_config_weights_and_list_of_files_are_of_one_commit(hub: StandInHub, tmp_path: Path) -> None:
+    def move_on() -> None:
+        write_checkpoint(hub.root, random_tensors({"c": (5,)}, 1), config={"model_type": "newer"})
+        (hub.root / "added_tokens.json").write_text("{}")
+        hub.revisions["main"] = COMMIT[::-1]
 
-    def test_unknown_repository(self, hub: StandInHub, tmp_path: Path) -> None:
-        self.refused("org/absent", hub, tmp_path, "neither a local directory nor a repository", "HF_TOKEN")
+    hub.after_info = move_on
+    result = download("org/expert", hub, tmp_path / "home")
+    assert result["commit"] == COMMIT[::-1]
+    assert result["tensors"] == ["c"]
+    assert "added_tokens.json" in hub.fetched()
 
-    def test_unknown_revision(self, hub: StandInHub, tmp_path: Path) -> None:
-        self.refused("org/expert@v9", hub, tmp_path, "no such branch, tag or commit")
 
-    def test_gated(self, hub: StandInHub, tmp_path: Path) -> None:
-        hub.gated = True
-        self.refused("org/expert", hub, tmp_path, "access", "hf auth login")
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
+    """What one process says of each source that cannot be downloaded."""
+    root = tmp_path_factory.mktemp("refusals")
+    hubs = {}
+    for name in ("good", "gated", "unconfigured", "pickled", "ambiguous"):
+        repo = write_checkpoint(root / name, random_tensors({"a": (3,), "b": (5,)}, 0), shards=2)
+        hubs[name] = StandInHub(f"org/{name}", repo, {"main": COMMIT})
+    hubs["gated"].gated = True
+    (root / "unconfigured" / "config.json").unlink()
+    for path in (root / "pickled").glob("*.safetensors*"):
+        path.unlink()
+    write_checkpoint(root / "ambiguous", {"a": torch.ones(3)})
+    sources = [*(hub.repo for hub in hubs.values()), "org/good@v9", "org/absent", "org/na--me..x"]
+    with serve(*hubs.values()):
+        results = download_all(sources, hubs["good"], root / "home")
+    assert results.pop("org/good")["commit"] == COMMIT
+    return results
 
-    def test_no_network(self, hub: StandInHub, tmp_path: Path) -> None:
-        hub.endpoint = "http://127.0.0.1:9"  # the discard port: nothing listens
-        self.refused("org/expert", hub, tmp_path, "cannot be reached", "no such local directory")
 
-    def test_offline_and_not_cached(self, hub: StandInHub, tmp_path: Path) -> None:
-        self.refused("org/expert", hub, tmp_path, "HF_HUB_OFFLINE", HF_HUB_OFFLINE="1")
-        assert hub.log == []
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("org/absent", ["neither a local directory nor a repository", "HF_TOKEN"]),
+        ("org/good@v9", ["no such branch, tag or commit"]),
+        ("org/gated", ["access", "hf auth login"]),
+        ("org/unconfigured", ["no config.json"]),
+        ("org/pickled", ["no *.safetensors"]),
+        ("org/ambiguous", ["both model.safetensors.index.json and model.safetensors"]),
+        ("org/na--me..x", []),
+    ],
+)
+def test_what_cannot_be_downloaded_is_refused(
+    refusals: dict[str, dict[str, object]], source: str, words: list[str]
+) -> None:
+    check_refusal(refusals[source], source, *words)
 
-    def test_no_config(self, hub: StandInHub, tmp_path: Path) -> None:
-        (hub.root / "config.json").unlink()
-        self.refused("org/expert", hub, tmp_path, "no config.json")
 
-    def test_only_pickles(self, hub: StandInHub, tmp_path: Path) -> None:
-        for path in hub.root.glob("*.safetensors"):
-            path.unlink()
-        self.refused("org/expert", hub, tmp_path, "no *.safetensors")
+@pytest.mark.parametrize("shards", [1], indirect=True)
+def test_without_a_network_a_checkpoint_must_be_in_the_cache(hub: StandInHub, tmp_path: Path) -> None:
+    result = download("org/expert", hub, tmp_path / "home", HF_HUB_OFFLINE="1")
+    check_refusal(result, "org/expert", "HF_HUB_OFFLINE")
+    assert hub.log == []
+    hub.endpoint = "http://127.0.0.1:9"  # the discard port: nothing listens
+    result = download("org/expert", hub, tmp_path / "home")
+    check_refusal(result, "org/expert", "cannot be reached", "no such local directory")
 
-    def test_malformed_id(self, hub: StandInHub, tmp_path: Path) -> None:
-        self.refused("org/na--me..x", hub, tmp_path)
+
+def check_refusal(result: dict[str, object], source: str, *words: str) -> None:
+    assert result.get("error") == "CheckpointError", result
+    for word in (source, *words):
+        assert word in str(result["message"])

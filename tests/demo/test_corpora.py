@@ -50,7 +50,7 @@ def test_answers_are_right():
         assert sorted(word) == sorted(item.answer)
         assert name not in words or words[name](word) == item.answer
     for item in corpora.search["language"]:
-        subject_is_plural = item.prompt.split()[2].endswith("s")
+        subject_is_plural = item.prompt.split()[1].endswith("s")
         assert item.answer.endswith("s.") != subject_is_plural
 
 

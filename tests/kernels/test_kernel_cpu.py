@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_samples import DTYPES, any_bits, as_array, assert_same_bits, guarded, numbers, weight_lists
+
 from mergemix_kernels import cpu, reference
 
 SIZES = [0, 1, 2, 31, cpu.BLOCK_ELEMENTS - 1, cpu.BLOCK_ELEMENTS + 1, 3 * cpu.MIN_RANGE_ELEMENTS + 17]
@@ -37,9 +38,9 @@ def test_equals_the_reference(dtype, data, count, make):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_64_sources(dtype):
-    sources = [numbers(DTYPES[dtype], 1001, seed) for seed in range(64)]
-    weights = np.random.default_rng(0).dirichlet(np.ones(64)).tolist()
+def test_64_experts_and_the_base(dtype):
+    sources = [numbers(DTYPES[dtype], 1001, seed) for seed in range(65)]
+    weights = np.random.default_rng(0).dirichlet(np.ones(65)).tolist()
     assert torch.equal(run(sources, weights, dtype), reference.weighted_sum(sources, weights))
 
 
@@ -118,8 +119,8 @@ def test_sources_of_weight_zero_are_absent():
         ({"out": np.zeros((2, 2), np.uint16)}, "out must be"),
         ({"out": np.zeros(8, np.uint16)[::2]}, "out must be"),
         ({"out": np.frombuffer(bytes(8), np.uint16)}, "out must be writeable"),
-        ({"sources": []}, "from 1 to 64"),
-        ({"sources": [np.zeros(4, np.uint16)] * 65, "weights": [1.0] * 65}, "from 1 to 64"),
+        ({"sources": []}, "from 1 to 65"),
+        ({"sources": [np.zeros(4, np.uint16)] * 66, "weights": [1.0] * 66}, "from 1 to 65"),
         ({"weights": [1.0]}, "one weight per source"),
         ({"weights": [0.0, -0.0]}, "at least one weight"),
         ({"weights": [1.0, float("nan")]}, "finite in fp32"),
@@ -230,6 +231,26 @@ out = np.empty(3, np.float32)
 cpu.weighted_sum([np.ones(3, np.float32)], [2.0], out, "F32")
 assert out.tolist() == [2.0] * 3
 """
+
+
+DISK_FULL = """
+import resource, sys
+import numpy as np
+from mergemix_kernels import cpu
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+out = np.empty(3, np.float32)
+cpu.weighted_sum([np.ones(3, np.float32)], [2.0], out, "F32")
+assert out.tolist() == [2.0] * 3
+"""
+
+
+@pytest.mark.parametrize("limit", [100, 4000], ids=["no index", "index but no machine code"])
+def test_a_full_disk_does_not_fail_the_sum(limit, tmp_path):
+    program = [sys.executable, "-c", DISK_FULL, str(limit)]
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    finished = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    assert not list(tmp_path.rglob("*.nbi")), "an index without its data could name that of an older source"
 
 
 @pytest.mark.parametrize("program", [IMPORTS, NOWHERE_TO_CACHE], ids=["light imports", "nowhere to cache"])

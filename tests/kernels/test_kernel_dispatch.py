@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_samples import DTYPES, assert_same_bits, numbers, poisoned, weight_lists
+
 from mergemix_kernels import dispatch, reference
 from mergemix_kernels.dispatch import GroupedWeightedSum, weighted_sum
 
@@ -37,12 +38,27 @@ def test_any_strides(dtype, data, weights, shape):
 def test_large_strided_tensors_go_in_bounded_pieces(monkeypatch):
     monkeypatch.setattr(dispatch, "PIECE_ELEMENTS", 100)
     sources = [numbers(torch.bfloat16, 31 * 14 * 3, seed).view(31, 14, 3)[:, ::2] for seed in range(3)]
-    pieces = list(dispatch._pieces(sources))
+    pieces = list(dispatch.pieces(sources, 100))
     assert max(piece[-1].numel() for piece in pieces) <= 100
     assert sum(piece[-1].numel() for piece in pieces) == 31 * 7 * 3
     whole = poisoned(3, 7, 31, dtype=torch.bfloat16)
     weighted_sum(sources, [0.5, 0.2, 0.3], whole.permute(2, 1, 0))
     assert torch.equal(whole.permute(2, 1, 0), reference.weighted_sum(sources, [0.5, 0.2, 0.3]))
+
+
+def test_strided_groups_of_several_sizes_share_a_scratch_and_are_replayed(monkeypatch):
+    monkeypatch.setattr(dispatch, "PIECE_ELEMENTS", 40)
+    groups = []
+    for g, (rows, dtype) in enumerate([(2, "BF16"), (9, "F32"), (30, "BF16"), (5, "F32")]):
+        sources = [numbers(DTYPES[dtype], rows * 14, 10 * g + k).view(rows, 14)[:, ::2] for k in range(2)]
+        sources.append(numbers(DTYPES[dtype], rows * 7, 10 * g + 2).view(rows, 7))  # needs no gathering
+        groups.append((sources, poisoned(7, rows, dtype=DTYPES[dtype]).t()))
+    grouped = GroupedWeightedSum(groups)
+    for weights in ([0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [2.0, 0.0, -1.0]):
+        grouped(weights)
+        for sources, out in groups:
+            assert torch.equal(out, reference.weighted_sum(sources, weights))
+        groups[0][0][0].mul_(2)  # read anew by every call
 
 
 def test_only_the_elements_of_a_strided_out_are_written():
@@ -102,8 +118,8 @@ def test_refused_weights_write_nothing():
         ([torch.ones(4, device="meta")], torch.ones(4), "same device"),
         ([torch.ones(4, device="meta")], torch.ones(4, device="meta"), "must be on a CPU or a GPU"),
         ([torch.ones(4, dtype=torch.float64)], torch.ones(4, dtype=torch.float64), "dtype must be one of"),
-        ([], torch.ones(4), "from 1 to 64"),
-        ([torch.ones(4)] * 65, torch.ones(4), "from 1 to 64"),
+        ([], torch.ones(4), "from 1 to 65"),
+        ([torch.ones(4)] * 66, torch.ones(4), "from 1 to 65"),
     ],
 )
 def test_refuses(sources, out, message):

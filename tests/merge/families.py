@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mergemix_kernels.reference import weighted_sum
 
 from mergemix.checkpoints.family import Family, open_family
 from mergemix.merge.plan import MergePlan
 from mergemix.mixture import Mixture
+from mergemix_kernels.reference import weighted_sum
 from tests.tiny import random_tensors, write_checkpoint
 
 Tensors = dict[str, torch.Tensor]

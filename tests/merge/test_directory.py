@@ -15,10 +15,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from mergemix.checkpoints import writer
 from mergemix.checkpoints.checkpoint import fingerprint, open_checkpoint
 from mergemix.checkpoints.family import open_family
 from mergemix.errors import NonFiniteError, OutputError
-from mergemix.merge import merge_to_directory
+from mergemix.merge import merge_to_directory, sinks
 from mergemix.mixture import Mixture
 from tests.merge.families import NAMES, bits, expected, tiny_family, write_family
 
@@ -80,7 +81,8 @@ def test_what_belongs_to_the_model_is_copied_and_nothing_else(tmp_path: Path) ->
     kept = ["generation_config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja",
             "modeling_own.py", "additional_chat_templates/tools.jinja"]  # fmt: skip
     left = ["optimizer.pt", "pytorch_model.bin", "training_args.bin", "trainer_state.json", "README.md",
-            ".gitattributes", ".hidden.json", "logs/run.json", "pytorch_model.bin.index.json"]  # fmt: skip
+            ".gitattributes", ".hidden.json", "logs/run.json", "pytorch_model.bin.index.json",
+            "corpus.txt", "predictions.json", "all_results.json"]  # fmt: skip
     for name in kept + left:
         path = family.template.root / name
         path.parent.mkdir(exist_ok=True)
@@ -90,6 +92,36 @@ def test_what_belongs_to_the_model_is_copied_and_nothing_else(tmp_path: Path) ->
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert files == {"config.json", "model.safetensors", *kept}
     assert all((out / name).read_text() == name for name in kept)
+
+
+def test_side_files_are_copied_whole_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = tiny_family(tmp_path)
+    contents = {"tokenizer.json": bytes(range(256)) * 3, "merges.txt": b""}
+    for name, content in contents.items():
+        (family.template.root / name).write_bytes(content)
+    sizes, pwrite = [], os.pwrite
+    monkeypatch.setattr(sinks, "COPY_BYTES", 100)
+    monkeypatch.setattr(os, "pwrite", lambda *args: sizes.append(pwrite(*args)) or sizes[-1])
+    merge_to_directory(family, UNIFORM, tmp_path / "merged")
+    assert {name: (tmp_path / "merged" / name).read_bytes() for name in contents} == contents
+    assert sizes.count(100) >= 7
+
+
+def test_a_parent_that_cannot_be_synced_is_told_and_the_result_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = writer._sync_directory
+
+    def failing(path: str | Path) -> None:
+        if Path(path) == tmp_path:
+            raise OSError(errno.EIO, "Input/output error")
+        sync(path)
+
+    monkeypatch.setattr(writer, "_sync_directory", failing)
+    with pytest.raises(OutputError, match=r"merged is complete, but .*Input/output error") as caught:
+        merge_to_directory(tiny_family(tmp_path), UNIFORM, tmp_path / "merged")
+    assert "left behind" not in str(caught.value)
+    open_checkpoint("m", str(tmp_path / "merged"))
 
 
 def test_transformers_loads_the_result(tmp_path: Path) -> None:
@@ -134,6 +166,10 @@ print([name for name in ("torch", "vllm", "transformers", "triton") if name in s
     merge_to_directory(family, UNIFORM, tmp_path / "again")
     prints = [fingerprint(open_checkpoint("m", str(tmp_path / name))) for name in ("merged", "again")]
     assert prints[0] == prints[1]
+
+
+def interrupt(done: int) -> None:
+    raise KeyboardInterrupt
 
 
 class TestNothingIsLeftBehind:
@@ -200,6 +236,38 @@ class TestNothingIsLeftBehind:
         assert os.listdir(parent) == []
         assert len(os.listdir("/proc/self/fd")) == before
 
+    def test_when_closing_fails(self, tmp_path: Path, parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        family, close = tiny_family(tmp_path), os.close
+
+        def failing(descriptor: int) -> None:
+            is_output = os.fstat(descriptor).st_ino in {
+                path.stat().st_ino for path in parent.rglob("*.safetensors")
+            }
+            close(descriptor)
+            if is_output:
+                raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(os, "close", failing)
+        with pytest.raises(KeyboardInterrupt):
+            merge_to_directory(family, UNIFORM, parent / "out", progress=interrupt)
+        assert os.listdir(parent) == []
+
+    def test_when_the_new_directory_cannot_be_opened(
+        self, tmp_path: Path, parent: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        family, open_ = tiny_family(tmp_path), os.open
+
+        def failing(path: str | Path, *args: int) -> int:
+            if Path(path).parent == parent:
+                raise OSError(errno.EMFILE, "Too many open files")
+            return open_(path, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", failing)
+            with pytest.raises(OutputError, match="Too many open files"):
+                merge_to_directory(family, UNIFORM, parent / "out")
+        assert os.listdir(parent) == []
+
     def test_when_the_system_refuses_to_write_more(self, tmp_path: Path, parent: Path) -> None:
         tiny_family(tmp_path)
         code = """
@@ -211,6 +279,7 @@ from mergemix.merge import merge_to_directory
 from mergemix.mixture import Mixture
 root = Path(sys.argv[1])
 family = open_family(None, {name: str(root / name) for name in sys.argv[2:]})
+merge_to_directory(family, Mixture.uniform(family.names), root / "compiled")  # kernels may be kept in files too
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     merge_to_directory(family, Mixture.uniform(family.names), root / "outputs" / "out", memory_bytes=4096)
@@ -229,9 +298,6 @@ except OutputError as error:
         assert os.listdir(parent) == []
 
     def test_when_the_user_interrupts(self, tmp_path: Path, parent: Path) -> None:
-        def interrupt(done: int) -> None:
-            raise KeyboardInterrupt
-
         with pytest.raises(KeyboardInterrupt):
             merge_to_directory(tiny_family(tmp_path), UNIFORM, parent / "out", progress=interrupt)
         assert os.listdir(parent) == []

@@ -8,6 +8,7 @@ import torch
 from mergemix.errors import ConfigError
 from mergemix.merge.plan import plan_merge
 from mergemix.mixture import Mixture
+from mergemix_kernels.weights import MAX_SOURCES
 from tests.merge.families import NAMES, tiny_family, write_family
 
 
@@ -66,8 +67,15 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="beyond the range of fp32"):
         plan_merge(family, Mixture(NAMES, (1e300, -1e300, 1.0)))
     tensors = {"w": torch.ones(1)}
-    names = [f"e{k}" for k in range(65)]
-    with pytest.raises(ConfigError, match="at most 64"):
+    names = [f"e{k}" for k in range(MAX_SOURCES + 1)]
+    with pytest.raises(ConfigError, match=f"at most {MAX_SOURCES}"):
         plan_merge(
             write_family(tmp_path / "many", None, dict.fromkeys(names, tensors)), Mixture.uniform(names)
         )
+
+
+def test_a_base_and_64_experts_are_merged_at_once(tmp_path: Path) -> None:
+    tensors = {"w": torch.ones(1)}
+    names = [f"e{k}" for k in range(64)]
+    family = write_family(tmp_path, tensors, dict.fromkeys(names, tensors))
+    assert len(plan_merge(family, Mixture(tuple(names), (0.5,) * 64)).operand_names) == 65

@@ -246,11 +246,50 @@ def test_an_overflow_is_told_as_such(tmp_path: Path) -> None:
 def test_a_file_that_shrinks_after_opening_is_told(tmp_path: Path) -> None:
     family = tiny_family(tmp_path)
     plan = plan_merge(family, Mixture.uniform(NAMES))
-    path = family.experts[1].tensors["norm"].path
-    os.truncate(path, path.stat().st_size - 1)
+    path = family.experts[0].tensors["norm"].path
+    size = path.stat().st_size - 1
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(CheckpointError, match=rf"{path} was truncated after it was opened.*1 bytes early"):
-        stream(plan, ParameterSink(poisoned_parameters(plan)), memory_bytes=500)
+
+    def shrink(done: int) -> None:
+        os.truncate(path, size)
+
+    with pytest.raises(CheckpointError, match=rf"{path} was truncated while it was read.*1 bytes early"):
+        stream(plan, ParameterSink(poisoned_parameters(plan)), memory_bytes=500, progress=shrink)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def replaced(path: Path) -> None:
+    """Another file of the same size and time, as a download that starts again makes it."""
+    before = path.stat()
+    path.rename(path.with_suffix(".old"))
+    path.write_bytes(bytes(before.st_size))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def rewritten(path: Path) -> None:
+    """The same file of the same size, written again in place."""
+    before = path.stat()
+    path.write_bytes(bytes(before.st_size))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+
+
+def grown(path: Path) -> None:
+    before = path.stat()
+    os.truncate(path, before.st_size + 1)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [replaced, rewritten, grown])
+def test_a_file_that_changes_after_opening_is_never_read(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    family = tiny_family(tmp_path)
+    plan = plan_merge(family, Mixture.uniform(NAMES))
+    path = family.experts[1].tensors["norm"].path
+    change(path)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(CheckpointError, match=rf"{path} was changed after it was opened"):
+        stream(plan, ParameterSink(poisoned_parameters(plan)))
     assert len(os.listdir("/proc/self/fd")) == before
 
 

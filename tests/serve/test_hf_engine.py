@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
+from mergemix.checkpoints.checkpoint import COPIED, FLOATING
 from mergemix.checkpoints.family import Family, open_family
+from mergemix.checkpoints.header import DTYPE_BITS
 from mergemix.errors import ConfigError, EngineError, NonFiniteError, PoisonedEngineError
 from mergemix.merge import merge_to_directory
 from mergemix.merge.plan import plan_merge
 from mergemix.merge.stream import stream
 from mergemix.mixture import Mixture
 from mergemix.serve import hf_batches
+from mergemix.serve.dtypes import TORCH_DTYPES
 from mergemix.serve.engine import Engine, EngineSpec, Generate, LogLikelihood
 from mergemix.serve.hf_engine import DeviceSink, HfEngine
 from tests.serve.conformance import (
@@ -144,6 +147,7 @@ def test_nothing_of_a_swap_is_written_to_disk(tmp_path: Path) -> None:
 def test_nan_in_an_expert_is_named_at_the_start_and_at_a_swap(tmp_path: Path, arch: Arch) -> None:
     family, paths = tiny_family(tmp_path, arch)
     edit(paths["code"], model__norm__weight=torch.full((64,), float("nan"), dtype=torch.bfloat16))
+    family = open_family(str(paths["base"]), {"math": str(paths["math"]), "code": str(paths["code"])})
     with pytest.raises(NonFiniteError, match=r"model\.norm\.weight.*code"):
         start(family)
     with start(family, Mixture.one_hot(family.names, "math")) as engine:
@@ -266,6 +270,50 @@ def test_an_architecture_unknown_to_transformers_is_refused(tmp_path: Path) -> N
     (paths["base"] / "config.json").write_text('{"model_type": "unheard_of"}')
     with pytest.raises(EngineError, match=r"no causal language model.*base"):
         start(family)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_attention_heads": 0}, {"hidden_act": "unheard_of"}, {"hidden_size": "wide"}, {"vocab_size": -5}],
+)
+def test_a_config_that_makes_no_model_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    family, paths = tiny_family(tmp_path)
+    config = json.loads((paths["base"] / "config.json").read_text())
+    (paths["base"] / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(EngineError, match=r"no causal language model.*base"):
+        start(family)
+
+
+def test_a_failure_while_the_weights_are_loaded_is_an_engine_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a size of the weights is not that of the model")
+
+    family, _ = tiny_family(tmp_path)
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", failing)
+    with pytest.raises(EngineError, match="RuntimeError: a size of the weights"):
+        start(family)
+
+
+def test_code_of_a_checkpoint_is_neither_run_nor_asked_about(tmp_path: Path) -> None:
+    """transformers would ask on the terminal, and wait."""
+    family, paths = tiny_family(tmp_path)
+    config = json.loads((paths["base"] / "config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnLM"},
+    }
+    (paths["base"] / "config.json").write_text(json.dumps(config))
+    (paths["base"] / "own.py").write_text("raise SystemExit('it was run')")
+    with pytest.raises(EngineError, match="trust_remote_code"):
+        start(family)
+
+
+def test_every_type_that_a_checkpoint_may_have_has_one_in_torch() -> None:
+    assert TORCH_DTYPES.keys() == FLOATING | COPIED
+    for name, dtype in TORCH_DTYPES.items():
+        assert dtype.itemsize * 8 == DTYPE_BITS[name]
 
 
 def test_a_closed_engine_says_so(tmp_path: Path) -> None:

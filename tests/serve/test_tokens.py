@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import string
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,6 +106,24 @@ def test_end_tokens_come_from_tokenizer_and_generation_config_else_config(tmp_pa
     assert end_tokens(tmp_path, QWEN) == (1, 8, 9)
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [1, null]}', '{"eos_token_id": true}',
+     '{"eos_token_id": {"a": 1}}', '{"eos_token_id": -1}', '{"eos_token_id": 1.5}'],
+)  # fmt: skip
+def test_damaged_end_tokens_are_an_error_that_names_the_file(tmp_path: Path, content: str) -> None:
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path / "generation_config.json"))):
+        end_tokens(tmp_path, QWEN)
+
+
+def test_a_damaged_tokenizer_is_an_error_that_names_it(tmp_path: Path) -> None:
+    QWEN.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        load_tokenizer(tmp_path)
+
+
 def test_a_directory_without_a_tokenizer_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         load_tokenizer(tmp_path)
@@ -137,6 +156,13 @@ def test_truncation_is_logged_once_a_request(caplog: pytest.LogCaptureFixture) -
     assert [record.getMessage() for record in caplog.records] == [
         "a request of 5 tokens keeps only its last 3, to fit the model"
     ]
+
+
+def test_a_model_of_one_token_can_answer_nothing() -> None:
+    with pytest.raises(ConfigError, match=r"max_model_len must be at least 2.* is 1"):
+        RequestEncoder(QWEN, max_model_len=1)
+    encoded = RequestEncoder(QWEN, max_model_len=2).encode(LogLikelihood("xxx", "yyy"))
+    assert (len(encoded.ids), encoded.num_scored) == (1, 0)
 
 
 @pytest.mark.parametrize("max_tokens", [-1, 0, 16, 17])
