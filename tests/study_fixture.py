@@ -45,19 +45,22 @@ def make_tiny_study(directory: Path) -> TinyStudy:
     ]
     holdout = [
         write_benchmark(
-            directory / "holdout", "words", 20, rng, capability="language", metric="loglikelihood"
+            directory / "holdout", "words", 20, rng, "now", capability="language", metric="loglikelihood"
         )
     ]
     return TinyStudy(paths, bench, holdout)
 
 
-def write_benchmark(directory: Path, name: str, items: int, rng: random.Random, **keys: object) -> Path:
+def write_benchmark(
+    directory: Path, name: str, items: int, rng: random.Random, last: str = "then", **keys: object
+) -> Path:
+    """Items end in the word `last`: another one makes other items."""
     directory.mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(items):
         word = "".join(rng.choices("abcdefgh", k=rng.randint(1, 6)))
         lines.append(
-            json.dumps({"id": f"{name}-{number}", "question": f"say {word} then", "answer": word[0]})
+            json.dumps({"id": f"{name}-{number}", "question": f"say {word} {last}", "answer": word[0]})
         )
     (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     content = {"name": name, "items": f"{name}.jsonl", "prompt": "{{ question }}", **keys}

@@ -262,7 +262,7 @@ def test_another_holdout_is_refused_before_any_cost(
 ) -> None:
     study = tmp_path / "study"
     shutil.copytree(finished[0], study)
-    held_out = write_benchmark(tmp_path, "other", 4, random.Random(9), capability="x", metric="loglikelihood")
+    held_out = write_benchmark(tmp_path, "other", 4, random.Random(9), "again", metric="loglikelihood")
     run(config(tiny_study, study, holdout=tuple(map(str, tiny_study.holdout))))
     monkeypatch.setattr(mergemix.run, "open_engine", lambda *_: pytest.fail("paid before it was refused"))
     with pytest.raises(StudyError, match="benchmark other"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Sequence
+from typing import Literal
 
 from mergemix.errors import ConfigError, EngineError, ProofError
 from mergemix.mixture import Mixture
@@ -17,16 +18,14 @@ log = logging.getLogger(__name__)
 SHOWN_PROBLEMS = 3
 
 
-def resolve_kind(kind: str) -> str:
-    """ "vllm" or "hf": what "auto" stands for on this machine. Raises ConfigError when the kind cannot run here."""
+def resolve_kind(kind: str) -> Literal["vllm", "hf"]:
+    """The engine that `kind` (auto, vllm, hf) stands for on this machine. Raises ConfigError when it cannot run here."""
     installed = importlib.util.find_spec("vllm") is not None
-    if kind == "auto":
-        return "vllm" if installed else "hf"
+    if kind not in ("auto", "vllm", "hf"):
+        raise ConfigError(f"engine must be auto, vllm or hf, but is {kind!r}")
     if kind == "vllm" and not installed:
         raise ConfigError("the vllm engine needs vLLM: pip install 'mergemix[vllm]', or take --engine hf")
-    if kind not in ("vllm", "hf"):
-        raise ConfigError(f"engine must be auto, vllm or hf, but is {kind!r}")
-    return kind
+    return "vllm" if installed and kind != "hf" else "hf"
 
 
 def start_engine(spec: EngineSpec, initial: Mixture) -> Engine:

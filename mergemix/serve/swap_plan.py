@@ -5,7 +5,7 @@ Recorded while vLLM loads the model for the first time, then replayed with other
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,9 +14,9 @@ import torch
 from mergemix.errors import NonFiniteError
 from mergemix.serve.lazy import LazyMerge, Origin
 from mergemix_kernels import reference
-from mergemix_kernels.dispatch import GroupedWeightedSum
+from mergemix_kernels.dispatch import GroupedWeightedSum, pieces
 
-# Bounds what a swap stages at a time, per operand, where sources and destination differ in device or dtype.
+# Bounds what a swap stages at a time, all operands together, where sources and destination differ in device or dtype.
 STAGE_BYTES = 256 << 20
 CHECK_ELEMENTS = 1 << 20
 SAMPLE_ELEMENTS = 1 << 16
@@ -171,17 +171,6 @@ class SwapPlan:
             )
 
 
-def pieces(tensors: Sequence[torch.Tensor], limit: int) -> Iterator[Sequence[torch.Tensor]]:
-    """Matching views that together cover `tensors` (equal shapes), each of at most `limit` elements."""
-    if tensors[0].numel() <= limit:
-        yield tensors
-        return
-    dim = max(range(tensors[0].dim()), key=lambda d: tensors[0].shape[d])
-    step = max(1, limit * tensors[0].shape[dim] // tensors[0].numel())
-    for part in zip(*(tensor.split(step, dim) for tensor in tensors), strict=True):
-        yield from pieces(part, limit)
-
-
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether two tensors of one shape and dtype hold the same bits (so -0.0 and 0.0 differ)."""
     return torch.equal(
@@ -209,16 +198,17 @@ def _write(copies: Iterable[Copy], coefficients: Sequence[float]) -> None:
         if not first.is_floating_point() or _all_equal(copy.origin, used):
             copy.destination.copy_(first)
             continue
-        limit = STAGE_BYTES // first.element_size()
+        copies_of_element = first.element_size() * (len(used) + 1)
+        limit = max(1, STAGE_BYTES // copies_of_element)
         for *parts, target in pieces([*(copy.sources[k] for k in used), copy.destination], limit):
+            if staged + target.numel() * copies_of_element > STAGE_BYTES:
+                flush()
+                staged = 0
             parts = [part.to(target.device) for part in parts]
             same = target.dtype == first.dtype
             merged = target if same else torch.empty(target.shape, dtype=first.dtype, device=target.device)
             batch.append((parts, merged, target))
-            staged += target.numel() * first.element_size()
-            if staged >= STAGE_BYTES:
-                flush()
-                staged = 0
+            staged += target.numel() * copies_of_element
     flush()
 
 

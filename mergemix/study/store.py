@@ -93,7 +93,10 @@ class Study:
         self._to_retry = {row[0] for row in rows}
 
     def _holds_nothing(self) -> bool:
-        return self._connection.execute("SELECT count(*) FROM candidate WHERE status = 'done'").fetchone()[0] == 0
+        return (
+            self._connection.execute("SELECT count(*) FROM candidate WHERE status = 'done'").fetchone()[0]
+            == 0
+        )
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from mergemix_kernels.triton_kernels import TILE_ELEMENTS as TILE
 
 def test_in_the_interpreter():
     here = Path(__file__).parent
+    # Without conftest.py, whose imports take longer than these tests.
+    options = ["-q", "--noconftest", "-p", "no:cacheprovider"]
     finished = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / "interpreted_triton.py")],
+        [sys.executable, "-m", "pytest", *options, str(here / "interpreted_triton.py")],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=here.parents[1],
         capture_output=True,

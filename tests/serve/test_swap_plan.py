@@ -18,7 +18,8 @@ from mergemix.mixture import Mixture
 from mergemix.serve.coefficients import coefficients, operands
 from mergemix.serve.lazy import LazyMerge, Origin
 from mergemix.serve.operands import equality_classes, lazy_weights
-from mergemix.serve.swap_plan import SwapPlan, pieces, same_bits
+from mergemix.serve.swap_plan import SwapPlan, same_bits
+from mergemix_kernels.dispatch import pieces
 
 NAMES = ("math", "code", "web")
 MIXTURES = [
