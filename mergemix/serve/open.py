@@ -19,7 +19,7 @@ SHOWN_PROBLEMS = 3
 
 
 def resolve_kind(kind: str) -> Literal["vllm", "hf"]:
-    """The engine that `kind` (auto, vllm, hf) stands for on this machine. Raises ConfigError when it cannot run here."""
+    """What `kind` (auto, vllm, hf) stands for on this machine. Raises ConfigError when it cannot run here."""
     installed = importlib.util.find_spec("vllm") is not None
     if kind not in ("auto", "vllm", "hf"):
         raise ConfigError(f"engine must be auto, vllm or hf, but is {kind!r}")

@@ -124,7 +124,7 @@ def serve(connection: Connection, host: Any) -> None:
         except MergeMixError as error:
             answer = False, error
         except Exception as error:
-            print(f"{method} failed", file=sys.stderr)
+            sys.stderr.write(f"{method} failed\n")
             sys.excepthook(type(error), error, error.__traceback__)
             answer = False, EngineError(describe_error(error))
         connection.send(answer)
