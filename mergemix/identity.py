@@ -69,8 +69,9 @@ def provenance(config: RunConfig, family: Family) -> dict[str, Any]:
     return {
         "versions": versions(),
         "budget": config.budget,
-        "experts": {expert.name: expert.source for expert in family.experts},
-        "base": config.base,
+        "checkpoints": {
+            each.name: {"source": each.source, "commit": each.revision} for each in family.members
+        },
         "bench": list(config.bench),
     }
 

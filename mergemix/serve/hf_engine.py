@@ -28,7 +28,7 @@ from mergemix.serve.engine import (
     Swap,
 )
 from mergemix.serve.hf_batches import answer_batch, batches, score_batch
-from mergemix.serve.tokens import RequestEncoder, end_tokens, load_tokenizer
+from mergemix.serve.tokens import Encoded, RequestEncoder, end_tokens, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +78,15 @@ class HfEngine(Engine):
         return Swap(time.perf_counter() - begin, plan.bytes_written)
 
     def submit(self, requests: Sequence[Request]) -> list[Output]:
-        """Raises ConfigError for a request that cannot fit the model, whatever the others are."""
+        """Raises ConfigError for a request that cannot fit the model, whatever the others are; EngineError on failure."""
         self._check_usable()
         encoded = [self._encoder.encode(request) for request in requests]
+        try:
+            return self._answer(requests, encoded)
+        except RuntimeError as error:  # out of memory, above all
+            raise EngineError(f"the model failed to answer: {error}") from error
+
+    def _answer(self, requests: Sequence[Request], encoded: Sequence[Encoded]) -> list[Output]:
         outputs: dict[int, Output] = {}
         for chosen in batches(requests, encoded, self._config.get_text_config().vocab_size):
             prompts = [encoded[i].ids for i in chosen]

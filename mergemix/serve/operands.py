@@ -10,25 +10,12 @@ import torch
 
 from mergemix.checkpoints.checkpoint import Checkpoint, TensorInfo
 from mergemix.checkpoints.family import Family
+from mergemix.checkpoints.files import check_unchanged
 from mergemix.errors import CheckpointError
 from mergemix.serve.coefficients import operands
+from mergemix.serve.dtypes import TORCH_DTYPES
 from mergemix.serve.lazy import LazyMerge, Origin, Recorder
 from mergemix_kernels import cpu
-
-TORCH_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def lazy_weights(family: Family, recorder: Recorder) -> Iterator[tuple[str, LazyMerge]]:
@@ -66,22 +53,21 @@ def _bits(tensor: torch.Tensor):  # type: ignore[no-untyped-def]
 def _map_tensor(info: TensorInfo, files: dict[str, torch.Tensor]) -> torch.Tensor:
     path = str(info.path)
     if path not in files:
-        files[path] = _map_file(path)
+        files[path] = _map_file(info)
     data = files[path][info.offset : info.offset + info.nbytes]
-    if data.numel() != info.nbytes:
-        raise CheckpointError(f"{path} was truncated after it was opened: tensor {info.name!r} is not whole")
     dtype = TORCH_DTYPES[info.dtype]
     if info.offset % dtype.itemsize:
         data = data.clone()  # torch has no unaligned tensors
     return data.view(dtype).view(info.shape)
 
 
-def _map_file(path: str) -> torch.Tensor:
+def _map_file(info: TensorInfo) -> torch.Tensor:
     try:
-        with open(path, "rb") as file:
+        with info.path.open("rb") as file:
+            check_unchanged(info.path, file.fileno(), info.file)
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise CheckpointError(f"cannot read {info.path}: {error.strerror}") from error
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         return torch.frombuffer(mapping, dtype=torch.uint8)
