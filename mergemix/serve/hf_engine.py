@@ -78,7 +78,7 @@ class HfEngine(Engine):
         return Swap(time.perf_counter() - begin, plan.bytes_written)
 
     def submit(self, requests: Sequence[Request]) -> list[Output]:
-        """Raises ConfigError for a request that cannot fit the model, whatever the others are; EngineError on failure."""
+        """Raises ConfigError for a request that cannot fit the model, whatever the others are."""
         self._check_usable()
         encoded = [self._encoder.encode(request) for request in requests]
         try:
