@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -264,6 +265,8 @@ def fail(message: str, code: int, *, resume: bool = False) -> NoReturn:
 
 def main() -> None:
     """Run the command line: exit 0 done, 1 an error told in one message, 2 wrong usage, 3 interrupted, resumable."""
+    # OpenMP threads that spin while they wait take the core from the one they wait for, where cores are shared.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # A scheduler's SIGTERM is Ctrl-C, also where SIGINT is ignored (a job in the background of a script).
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

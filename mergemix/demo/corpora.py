@@ -116,7 +116,7 @@ class World:
 
     def code(self, rng: random.Random) -> Item:
         name, function = rng.choice(list(CODE_FUNCTIONS.items()))
-        word = "".join(rng.sample("abcdefghij", 6))
+        word = "".join(rng.sample("abcdefghij", 4))
         return Item(f"{name}({word})->", function(word))
 
     def facts(self, rng: random.Random) -> Item:
