@@ -70,6 +70,7 @@ def prepare(directory: Path, settings: Settings, progress: Callable[[str], None]
         "bench": "benchmarks",
         "holdout": "test-benchmarks",
         "study": "study",
+        "normalize": "minmax",  # nats of different tasks are not comparable
         "seed": settings.seed,
     }
     _write(config, yaml.safe_dump(study, sort_keys=False))

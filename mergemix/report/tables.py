@@ -183,7 +183,8 @@ def _row(table: Table, *cells: str, style: str | None = None) -> None:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    """Four digits; what is left of a difference of equal numbers is 0."""
+    return "-" if value is None else f"{value if abs(value) > 1e-12 else 0:.4g}"
 
 
 def _bytes(count: float) -> str:
