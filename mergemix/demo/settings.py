@@ -57,10 +57,10 @@ class Settings:
     seed: int = 0
     documents: int = 30_000
     items: int = 300
-    people: int = 100
+    people: int = 120
     shape: Shape = field(default_factory=Shape)
     length: int = 64
-    base: Horizon = Horizon(steps=720, batch=32, learning_rate=2e-3, final_learning_rate=2e-4, warmup=50)
+    base: Horizon = Horizon(steps=680, batch=32, learning_rate=2e-3, final_learning_rate=2e-4, warmup=50)
     expert: Horizon = Horizon(steps=80, batch=32, learning_rate=2e-4)
     general_share: float = 0.5
     threads: int = (
