@@ -24,7 +24,10 @@ def test_the_demo_tells_the_whole_story(tmp_path: Path) -> None:
     summary = mergemix("demo", "--quick", f"--out={out}", "--budget=9")
     assert summary["engine"] == ("vllm" if importlib.util.find_spec("vllm") else "hf")
     assert summary["swaps"]["proven"] is True
-    assert summary["swaps"]["count"] == 10
+    repeats = len(
+        {tuple(summary["best"]["mixture"].values()), (0.2,) * 5}
+    )  # best and uniform, for the noise floor
+    assert summary["swaps"]["count"] == 9 + repeats
     assert summary["candidates"] == 9
     assert summary["failed"] == 0
     assert {"uniform", "base", "spam"} < set(summary["baselines"])

@@ -24,7 +24,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class StandInHub:
     """One repository. revisions: commits by name. log: (method, path, Range header). drop: a file, once.
 
-    after_info: called once, when the first question for the list of files has been answered.
+    after_info: called once, when the first answer on the list of files stands but has not left yet.
     """
 
     repo: str
@@ -74,9 +74,6 @@ def serve(*hubs: StandInHub) -> Iterator[None]:
             hub.log.append((self.command, path, self.headers.get("Range")))
             if path == f"/api/models/{hub.repo}" or path.startswith(f"/api/models/{hub.repo}/revision/"):
                 self.info(hub, path)
-                after, hub.after_info = hub.after_info, None
-                if after:
-                    after()
             elif path.startswith(f"/api/models/{hub.repo}/tree/"):
                 self.tree(hub)
             else:
@@ -104,6 +101,9 @@ def serve(*hubs: StandInHub) -> Iterator[None]:
                 return self.fail(404, "RevisionNotFound")
             names = sorted(str(path.relative_to(hub.root)) for path in hub.root.rglob("*") if path.is_file())
             info = {"id": hub.repo, "sha": commit, "siblings": [{"rfilename": name} for name in names]}
+            after, hub.after_info = hub.after_info, None
+            if after:
+                after()  # before the answer leaves, so that the client's next question meets the new state
             self.reply(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 
         def resolve(self, hub: StandInHub, revision: str, file: str) -> None:
