@@ -10,15 +10,18 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from rich.console import Console
 
 from mergemix import __version__
 from mergemix.config import ENGINES, NORMALIZATIONS, SEARCHES, RunConfig, load_config_file
-from mergemix.errors import ConfigError, MergeMixError
-from mergemix.options import NamedValues, Size, collect
+from mergemix.errors import MergeMixError
+from mergemix.options import NamedValues, Numbers, Size, collect
+
+if TYPE_CHECKING:
+    from mergemix.merge.request import MergeRequest
 
 PATHS = NamedValues(str)
 NUMBERS = NamedValues(float)
@@ -41,6 +44,8 @@ def common(command: Command) -> Command:
             print(json.dumps(result, allow_nan=False), flush=True)
         else:
             Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
+        if result.get("fits") is False:
+            sys.exit(EXIT_ERROR)
 
     return wrapped
 
@@ -70,6 +75,15 @@ experts_option = click.option(
     type=PATHS,
     multiple=True,
     help="NAME=PATH of an expert: a local directory or a Hub id. Repeat.",
+)
+out_option = click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="New directory for the checkpoint."
+)
+memory_option = click.option(
+    "--memory", type=Size(), default="256MiB", show_default=True, help="Bound on the merge's buffers."
+)
+no_download_option = click.option(
+    "--no-download", is_flag=True, help="Read what is needed of a Hub id from the Hub, without a local copy."
 )
 
 
@@ -122,49 +136,66 @@ def run_config(config: Path | None, options: dict[str, Any]) -> RunConfig:
     return RunConfig(**given)
 
 
-@cli.command()
-@experts_option
-@click.option(
-    "--weights", type=NUMBERS, multiple=True, required=True, help="NAME=W,...; experts left out get 0."
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="New directory for the checkpoint."
-)
-@click.option("--base", help="The shared base; needed when the weights do not sum to 1.")
-@click.option(
-    "--memory", type=Size(), default="256MiB", show_default=True, help="Bound on the merge's buffers."
-)
-@click.option("--no-normalize", is_flag=True, help="Use the weights as they are; the base takes the rest.")
-@common
-def merge(
+def merging_options(command: Command) -> Command:
+    """What merge and plan are told; the command gets it as `options`, for `merge_request`."""
+    for option in (
+        no_download_option,
+        click.option(
+            "--no-normalize", is_flag=True, help="Use the weights as they are; the base takes the rest."
+        ),
+        memory_option,
+        click.option("--base", help="The shared base; needed when the weights do not sum to 1."),
+        out_option,
+        click.option(
+            "--mixtures",
+            type=click.Path(path_type=Path),
+            help="JSON Lines file of mixtures; each becomes DIR/<its name>, all from one read of the experts.",
+        ),
+        click.option("--weights", type=NUMBERS, multiple=True, help="NAME=W,...; experts left out get 0."),
+        experts_option,
+    ):
+        command = option(command)
+    return command
+
+
+def merge_request(
     *,
-    console: Console,
     experts: Iterable[list[tuple[str, str]]],
     weights: Iterable[list[tuple[str, float]]],
+    mixtures: Path | None,
     out: Path,
     base: str | None,
     memory: int,
     no_normalize: bool,
-) -> tuple[dict[str, Any], Any]:
-    """Write base + sum of a_k (expert_k - base) as a checkpoint."""
-    import resource
+    no_download: bool,
+) -> MergeRequest:
+    """The merge that the options of `merging_options` ask for, its checkpoints opened."""
+    given = collect("--weights", weights)
+    if bool(given) == (mixtures is not None):
+        raise click.UsageError("Give one of '--weights' (of one merge) and '--mixtures' (a file of many).")
 
+    from mergemix.merge.request import open_request
+
+    return open_request(
+        base,
+        collect("--experts", experts),
+        weights=given or None,
+        mixtures=mixtures,
+        out=out,
+        memory_bytes=memory,
+        normalize=not no_normalize,
+        download=not no_download,
+    )
+
+
+def carry_out(request: MergeRequest, console: Console) -> dict[str, Any]:
+    """Do the merge under a progress bar; returns what it moved and took, for programs."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    from mergemix.checkpoints.family import open_family
-    from mergemix.merge import merge_to_directory
-    from mergemix.mixture import Mixture
-    from mergemix.report.tables import merge_table
+    from mergemix.merge.estimate import check_fits
+    from mergemix.merge.resources import peak_memory
 
-    sources = collect("--experts", experts)
-    if not sources or (len(sources) == 1 and base is None):
-        raise ConfigError(
-            f"a merge needs two checkpoints or more, but got {len(sources)} expert{'' if sources else 's'} "
-            "and no base; give --experts NAME=PATH once per expert"
-        )
-    given = collect("--weights", weights)
-    mixture = Mixture.of(list(sources), given, normalize=not no_normalize)
-    family = open_family(base, sources)
+    check_fits(request)
     with Progress(
         TextColumn("merging"),
         BarColumn(),
@@ -173,22 +204,81 @@ def merge(
         console=console,
         transient=True,
     ) as progress:
-        task = progress.add_task("merge", total=sum(t.nbytes for t in family.template.tensors.values()))
-        stats = merge_to_directory(
-            family, mixture, out, memory_bytes=memory, progress=lambda done: progress.advance(task, done)
-        )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    result = {
-        "out": str(out),
-        "given": given,
-        "mixture": mixture.as_dict(),
+        task = progress.add_task("merge", total=request.plan.bytes_written)
+        stats = request.run(lambda done: progress.advance(task, done))
+    return {
         "tensors": stats.tensors,
         "bytes_read": stats.bytes_read,
         "bytes_written": stats.bytes_written,
         "seconds": stats.seconds,
-        "peak_rss_bytes": peak,
+        "peak_rss_bytes": peak_memory(),
     }
+
+
+@cli.command()
+@merging_options
+@common
+def merge(*, console: Console, **options: Any) -> tuple[dict[str, Any], Any]:
+    """Write base + sum of a_k (expert_k - base) as a checkpoint; or many of them, one per mixture of a file."""
+    from mergemix.report.merge_tables import merge_table
+
+    request = merge_request(**options)
+    result = {**request.as_dict(), **carry_out(request, console)}
     return result, merge_table(result)
+
+
+@cli.command()
+@merging_options
+@common
+def plan(*, console: Console, **options: Any) -> tuple[dict[str, Any], Any]:
+    """Tell what a merge would read, hold and write, and how long it would take. Exits with 1 when it cannot fit."""
+    from mergemix.merge.estimate import estimate
+    from mergemix.report.merge_tables import plan_table
+
+    result = estimate(merge_request(**options))
+    return result, plan_table(result)
+
+
+@cli.command()
+@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
+@out_option
+@click.option(
+    "--weights", type=Numbers(), help="How much each counts, in their order. Default: all the same."
+)
+@click.option("--top", type=int, help="Average only this many, the best by --scores.")
+@click.option(
+    "--scores",
+    type=click.Path(path_type=Path),
+    help="CSV with the header checkpoint,score, or a JSON object.",
+)
+@click.option("--minimize", is_flag=True, help="Lower scores are better, as of a loss.")
+@memory_option
+@no_download_option
+@common
+def average(
+    *,
+    console: Console,
+    checkpoints: tuple[str, ...],
+    out: Path,
+    weights: list[float] | None,
+    top: int | None,
+    scores: Path | None,
+    minimize: bool,
+    memory: int,
+    no_download: bool,
+) -> tuple[dict[str, Any], Any]:
+    """Average checkpoints of one run: what learning-rate decay would give, without it."""
+    if (top is None) != (scores is None) or (minimize and top is None):
+        raise click.UsageError("'--top' and '--scores' need each other, and '--minimize' needs both.")
+
+    from mergemix.merge.average import select
+    from mergemix.merge.request import average_request
+    from mergemix.report.merge_tables import average_table
+
+    chosen = select(checkpoints, weights=weights, top=top, scores=scores, minimize=minimize)
+    request = average_request(chosen, out=out, memory_bytes=memory, download=not no_download)
+    result = {"out": str(out), **chosen.as_dict(), **carry_out(request, console)}
+    return result, average_table(result)
 
 
 @cli.command()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,12 @@ def examine(*, copy_bytes: int = 1 << 28, disk_bytes: int = 1 << 28) -> dict[str
         "versions": versions(),
         "gpus": _gpus(),
         "engines": {"vllm": _probe_vllm(), "hf": _probe_hf()},
-        "kernels": {"cpu": _probe_cpu_kernel(copy_bytes)},
-        "disk": _probe_disk(disk_bytes),
+        "kernels": {"cpu": {"exact": _cpu_kernel_is_exact()}},
+        "bandwidths": _bandwidths(copy_bytes, disk_bytes),
+        "disk": {
+            "directory": tempfile.gettempdir(),
+            "free_bytes": shutil.disk_usage(tempfile.gettempdir()).free,
+        },
     }
 
 
@@ -99,8 +103,8 @@ def _probe_hf() -> dict[str, Any]:
     return {"works": True, "version": transformers.__version__, "device": device}
 
 
-def _probe_cpu_kernel(copy_bytes: int) -> dict[str, Any]:
-    """Is the CPU kernel exact here, and how close does it come to this machine's memory copy?"""
+def _cpu_kernel_is_exact() -> bool:
+    """Does the CPU kernel give the very bits of the reference here?"""
     import torch
 
     from mergemix_kernels import reference
@@ -108,42 +112,20 @@ def _probe_cpu_kernel(copy_bytes: int) -> dict[str, Any]:
 
     weights = [0.4, 0.3, 0.2, 0.1]
     generator = torch.Generator().manual_seed(0)
-    small = [torch.randn(100_003, generator=generator).to(torch.bfloat16) for _ in weights]
-    out = torch.full_like(small[0], float("nan"))
-    weighted_sum(small, weights, out)
-    exact = torch.equal(out, reference.weighted_sum(small, weights))
+    sources = [torch.randn(100_003, generator=generator).to(torch.bfloat16) for _ in weights]
+    out = torch.full_like(sources[0], float("nan"))
+    weighted_sum(sources, weights, out)
+    return torch.equal(out, reference.weighted_sum(sources, weights))
 
-    elements = copy_bytes // 2 // len(weights)
-    sources = [torch.zeros(elements, dtype=torch.bfloat16) for _ in weights]
-    out = torch.empty_like(sources[0])
-    merge_s = _best_seconds(lambda: weighted_sum(sources, weights, out))
-    copy_s = _best_seconds(lambda: out.copy_(sources[0]))
-    moved = elements * 2
+
+def _bandwidths(copy_bytes: int, disk_bytes: int) -> dict[str, float]:
+    """Bytes per second. Of memory and the kernel, reads and writes both count; the disk is that of temporary files."""
+    from mergemix.merge.bandwidth import copy_rate, file_rates, kernel_rate
+
+    written, read = file_rates(Path(tempfile.gettempdir()), disk_bytes)
     return {
-        "exact": exact,
-        "merge_bytes_per_s": moved * (len(weights) + 1) / merge_s,
-        "copy_bytes_per_s": moved * 2 / copy_s,
+        "memory_copy": copy_rate(copy_bytes).bytes_per_s,
+        "kernel": kernel_rate(4, nbytes=copy_bytes).bytes_per_s,
+        "disk_read": read.bytes_per_s,
+        "disk_write": written.bytes_per_s,
     }
-
-
-def _best_seconds(action: Any, repeats: int = 5) -> float:
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-def _probe_disk(nbytes: int) -> dict[str, Any]:
-    """Buffered write including fsync, in the current directory's temporary place."""
-    block = os.urandom(1 << 20)
-    with tempfile.NamedTemporaryFile() as file:
-        start = time.perf_counter()
-        for _ in range(nbytes >> 20):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-        seconds = time.perf_counter() - start
-        space = os.statvfs(file.name)
-    return {"write_bytes_per_s": nbytes / seconds, "free_bytes": space.f_bavail * space.f_frsize}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
-from mergemix.checkpoints.checkpoint import fingerprint
+from mergemix.checkpoints.adapter import fingerprint
 from mergemix.checkpoints.family import Family
 from mergemix.config import RunConfig
 from mergemix.errors import ConfigError

@@ -1,4 +1,4 @@
-"""Types of command-line values: NAME=VALUE lists and byte sizes."""
+"""Types of command-line values: NAME=VALUE lists, numbers and byte sizes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,9 @@ from typing import Any, TypeVar
 
 import click
 
+from mergemix.units import parse_size
+
 Value = TypeVar("Value")
-_UNITS = {
-    "": 1,
-    "k": 10**3,
-    "m": 10**6,
-    "g": 10**9,
-    "t": 10**12,
-    "ki": 2**10,
-    "mi": 2**20,
-    "gi": 2**30,
-    "ti": 2**40,
-}
 
 
 class Size(click.ParamType):
@@ -30,14 +21,31 @@ class Size(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", str(value), re.IGNORECASE)
-        if match is None or match[2].lower() not in _UNITS:
+        nbytes = parse_size(str(value))
+        if nbytes is None:
             self.fail(
                 f"{value!r} is no size; write bytes, or a number with a unit such as 256MiB or 1GB",
                 param,
                 ctx,
             )
-        return int(float(match[1]) * _UNITS[match[2].lower()])
+        return nbytes
+
+
+class Numbers(click.ParamType):
+    """Numbers with commas between them."""
+
+    name = "w,w,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        if isinstance(value, list):
+            return value
+        numbers = []
+        for text in str(value).split(","):
+            try:
+                numbers.append(float(text))
+            except ValueError:
+                self.fail(f"{text.strip()!r} is no number; write one per checkpoint, as in 1,1,2", param, ctx)
+        return numbers
 
 
 class NamedValues(click.ParamType):

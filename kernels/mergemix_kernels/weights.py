@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MAX_SOURCES = 65  # up to 64 experts plus the base: a live model keeps its place for each, even at weight 0
+MAX_SOURCES = 1024  # all checkpoints of a long run can be averaged; tables are sized by what a call brings
+MAX_OUTPUTS = 8  # of one GPU launch; the CPU has no limit
 
 
 def active_weights(weights: Sequence[float], source_count: int) -> tuple[list[int], np.ndarray]:

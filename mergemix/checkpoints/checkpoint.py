@@ -6,24 +6,29 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergemix.checkpoints.adapter_config import ADAPTER_CONFIG_NAME
 from mergemix.checkpoints.files import (
     CONFIG_NAME,
     INDEX_NAME,
     SINGLE_NAME,
+    HubFile,
     check_unambiguous,
-    check_unchanged,
     is_prompt_file,
 )
-from mergemix.checkpoints.header import TensorInfo, read_header
+from mergemix.checkpoints.header import TensorInfo, read_header, read_hub_header
+from mergemix.checkpoints.ranges import OpenFiles, read_into
 from mergemix.checkpoints.strict_json import read_object, shown
 from mergemix.errors import CheckpointError
 
 SAMPLE_BYTES = 4096
+HUB_REQUESTS = 16  # at the same time
 
 FLOATING = frozenset({"BF16", "F16", "F32"})  # averaged
 COPIED = frozenset(
@@ -44,7 +49,7 @@ class Checkpoint:
     """name: "base" or the expert's. source: what the user wrote. root: the local directory.
 
     tensors: by name, in file order (shard name, then offset). config: the contents of config.json.
-    revision: the Hub commit (40 hex digits) that was downloaded; None for a local directory.
+    revision: the Hub commit (40 hex digits); None for a local directory.
     """
 
     name: str
@@ -55,33 +60,78 @@ class Checkpoint:
     revision: str | None
 
 
-def open_checkpoint(name: str, source: str) -> Checkpoint:
+@dataclass(frozen=True)
+class Location:
+    """Where a checkpoint or an adapter is. root: the local directory; for a Hub id, of one commit's files.
+
+    revision: the Hub commit (40 hex digits); None for a local directory. remote: the weight files that stay on
+    the Hub and are read there; empty where `root` holds the weights.
+    """
+
+    root: Path
+    revision: str | None
+    remote: tuple[HubFile, ...] = ()
+
+
+def open_checkpoint(name: str, source: str, *, download: bool = True) -> Checkpoint:
     """Open the checkpoint that a user calls `name`. source: a directory, or a Hub id `org/name[@revision]`.
 
-    Reads config.json, the index and every shard's header, never a tensor byte. A Hub id is downloaded first.
+    Reads config.json, the index and every shard's header, never a tensor byte. A Hub id is downloaded first;
+    with `download` false its weights stay on the Hub, and the tensors' `file` says so.
     Raises CheckpointError when anything is missing, unreadable, damaged, or cannot be averaged (quantised, F64,
     complex).
     """
-    root, revision = _locate(name, source)
+    return read_checkpoint(name, source, locate(name, source, download=download))
+
+
+def locate(name: str, source: str, *, download: bool = True) -> Location:
+    """The place of what a user calls `name`: the directory `source`, or the Hub id `source` after its download.
+
+    Of a Hub id, weights are downloaded too, unless `download` is false; an adapter is downloaded always.
+    Raises CheckpointError when there is no such directory or repository.
+    """
+    root = Path(os.path.expanduser(source))  # Path's own raises where there is no such user
+    # os.path answers False, where Path raises, for a name that no file can have.
+    if source and os.path.isdir(root):
+        return Location(root, None)
+    if source and os.path.exists(root):
+        raise CheckpointError(
+            f"{name}: {source} is a file; give the directory that holds config.json and *.safetensors"
+        )
+    if not HUB_ID.fullmatch(source):
+        raise CheckpointError(
+            f"{name}: no directory {source!r}; give an existing directory or a Hub id org/name[@revision]"
+        )
+    from mergemix.checkpoints.hub import fetch
+
+    return Location(*fetch(source, weights=download))
+
+
+def read_checkpoint(name: str, source: str, location: Location) -> Checkpoint:
+    """The checkpoint at `location`. Raises CheckpointError as `open_checkpoint`."""
+    root = location.root
     try:
-        config, tensors = _read(root)
+        config, tensors = _read(location)
     except OSError as error:  # of the directory itself: files are opened where it is known what they are
         raise CheckpointError(f"{name}: cannot read {error.filename or root}: {error.strerror}") from error
-    return Checkpoint(name, source, root, tensors, config, revision)
+    return Checkpoint(name, source, root, tensors, config, location.revision)
 
 
-def _read(root: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """config.json and every tensor of the directory."""
+def _read(location: Location) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """config.json and every tensor."""
+    root = location.root
     config_path = root / CONFIG_NAME
     if not config_path.is_file():
-        adapter = (root / "adapter_config.json").is_file()
+        adapter = (root / ADAPTER_CONFIG_NAME).is_file()
         hint = (
-            "it is a LoRA adapter: merge it into its base first" if adapter else "is it a Hugging Face model?"
+            "it is a LoRA adapter: give it as an expert, and its base as the base"
+            if adapter
+            else "is it a Hugging Face model?"
         )
         raise CheckpointError(f"{root} has no config.json; {hint}")
     config = read_object(config_path)
     _refuse_quantised(root, config)
-    tensors = _read_tensors(root)
+    tensors = _read_tensors(location)
     if not tensors:
         raise CheckpointError(f"{root} holds no tensors: its safetensors files are empty")
     for tensor in tensors.values():
@@ -104,53 +154,50 @@ def fingerprint(checkpoint: Checkpoint) -> str:
                 digest.update(json.dumps([path.name, contents]).encode())
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from error
-    for name, tensor in sorted(checkpoint.tensors.items()):
-        digest.update(json.dumps([name, tensor.dtype, tensor.shape, tensor.nbytes]).encode())
-        digest.update(_sample(tensor))
+    tensors = [tensor for _, tensor in sorted(checkpoint.tensors.items())]
+    with closing(OpenFiles()) as files:
+        for tensor, sample in zip(tensors, _samples(files, tensors), strict=True):
+            digest.update(json.dumps([tensor.name, tensor.dtype, tensor.shape, tensor.nbytes]).encode())
+            digest.update(sample)
     return digest.hexdigest()
 
 
-def _locate(name: str, source: str) -> tuple[Path, str | None]:
-    """The local directory of `source`, and the commit that was downloaded where it is a Hub id."""
-    root = Path(os.path.expanduser(source))  # Path's own raises where there is no such user
-    # os.path answers False, where Path raises, for a name that no file can have.
-    if source and os.path.isdir(root):
-        return root, None
-    if source and os.path.exists(root):
-        raise CheckpointError(
-            f"{name}: {source} is a file; give the directory that holds config.json and *.safetensors"
-        )
-    if not HUB_ID.fullmatch(source):
-        raise CheckpointError(
-            f"{name}: no directory {source!r}; give an existing directory or a Hub id org/name[@revision]"
-        )
-    from mergemix.checkpoints.hub import download
-
-    return download(source)
-
-
-def _read_tensors(root: Path) -> dict[str, TensorInfo]:
-    """All tensors of the directory by name, as its index says, or of its files where it has none."""
+def _read_tensors(location: Location) -> dict[str, TensorInfo]:
+    """All tensors by name, as the index says, or of all files where there is none."""
+    root = location.root
+    files: dict[str, Path | HubFile] = {file.name: file for file in location.remote}
+    if not files:
+        files = {path.name: path for path in root.iterdir() if path.suffix == ".safetensors"}
     index_path = root / INDEX_NAME
     if index_path.is_file():
-        return _read_indexed(root, index_path)
+        return _read_indexed(root, index_path, files)
     tensors: dict[str, TensorInfo] = {}
-    for path in _unindexed_files(root):
-        for tensor in read_header(path):
+    chosen = _unindexed_files(root, files)
+    for file, header in zip(chosen, _read_headers([files[name] for name in chosen]), strict=True):
+        for tensor in header:
             other = tensors.setdefault(tensor.name, tensor)
             if other is not tensor:
                 raise CheckpointError(
                     f"{root} has no {INDEX_NAME}, and tensor {shown(tensor.name)} is in both "
-                    f"{other.path.name} and {path.name}; remove the file that does not belong"
+                    f"{other.path.name} and {file}; remove the file that does not belong"
                 )
     return tensors
 
 
-def _unindexed_files(root: Path) -> list[Path]:
-    files = sorted(
-        path for path in root.iterdir() if path.suffix == ".safetensors" and not path.name.startswith(".")
-    )
-    if not files:
+def _read_headers(files: Sequence[Path | HubFile]) -> Iterator[list[TensorInfo]]:
+    """The tensors of each file, in turn; files on the Hub are asked at the same time."""
+    remote = [file for file in files if isinstance(file, HubFile)]
+    if not remote:
+        yield from (read_header(file) for file in files if isinstance(file, Path))
+        return
+    with ThreadPoolExecutor(HUB_REQUESTS) as pool:
+        yield from pool.map(read_hub_header, remote)
+
+
+def _unindexed_files(root: Path, files: Iterable[str]) -> list[str]:
+    """The names of the files that hold the tensors, where no index says so."""
+    names = sorted(name for name in files if not name.startswith("."))
+    if not names:
         pickled = sorted(path.name for path in root.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
         found = (
             f"only {pickled[0]}, which can run code when loaded: convert it"
@@ -160,21 +207,49 @@ def _unindexed_files(root: Path) -> list[Path]:
         raise CheckpointError(
             f"{root} holds no *.safetensors file, {found} with save_pretrained(safe_serialization=True)"
         )
-    if (root / SINGLE_NAME) in files:
-        return [root / SINGLE_NAME]
-    names = {path.name for path in files}
-    for name in sorted(names):
+    if SINGLE_NAME in names:
+        return [SINGLE_NAME]
+    for name in names:
         if match := NUMBERED_SHARD.fullmatch(name):
             stem, _, count = match.groups()
             for number in range(1, int(count) + 1):
                 shard = f"{stem}-{number:05d}-of-{count}.safetensors"
                 if shard not in names:
                     raise CheckpointError(f"{root}: shard {shard!r} is missing; copy or download it again")
-    return files
+    return names
 
 
-def _read_indexed(root: Path, index_path: Path) -> dict[str, TensorInfo]:
+def _read_indexed(root: Path, index_path: Path, files: Mapping[str, Path | HubFile]) -> dict[str, TensorInfo]:
     """The tensors of the shards that the index names; index and shards must agree exactly."""
+    weight_map = _read_weight_map(index_path)
+    shards = sorted(set(weight_map.values()))
+    present = {name for name, file in files.items() if isinstance(file, HubFile) or file.is_file()}
+    check_unambiguous(str(root), shards, SINGLE_NAME in present)
+    absent = next((shard for shard in shards if shard not in present), None)
+    if absent is not None:
+        raise CheckpointError(
+            f"{root}: shard {shown(absent)} is missing, though {INDEX_NAME} names it; download it again"
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for shard, header in zip(shards, _read_headers([files[shard] for shard in shards]), strict=True):
+        for tensor in header:
+            if weight_map.get(tensor.name) != shard:
+                raise CheckpointError(
+                    f"{root}: {shard} holds tensor {shown(tensor.name)}, but {INDEX_NAME} "
+                    f"maps it to {shown(weight_map.get(tensor.name))}"
+                )
+            tensors[tensor.name] = tensor
+    missing = next((name for name in weight_map if name not in tensors), None)
+    if missing is not None:
+        raise CheckpointError(
+            f"{root}: {INDEX_NAME} says that tensor {shown(missing)} is in {weight_map[missing]}, "
+            "but that file does not hold it"
+        )
+    return tensors
+
+
+def _read_weight_map(index_path: Path) -> dict[str, str]:
+    """The index's map from tensors to files of the same directory."""
     weight_map = read_object(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
@@ -187,29 +262,7 @@ def _read_indexed(root: Path, index_path: Path) -> dict[str, TensorInfo]:
                 f"{index_path}: tensor {shown(name)} must be mapped to the name of a .safetensors file "
                 f"in the same directory, but is mapped to {shown(file)}"
             )
-    files = sorted(set(weight_map.values()))
-    check_unambiguous(str(root), files, (root / SINGLE_NAME).is_file())
-    absent = next((file for file in files if not os.path.isfile(root / file)), None)
-    if absent is not None:
-        raise CheckpointError(
-            f"{root}: shard {shown(absent)} is missing, though {INDEX_NAME} names it; download it again"
-        )
-    tensors: dict[str, TensorInfo] = {}
-    for file in files:
-        for tensor in read_header(root / file):
-            if weight_map.get(tensor.name) != file:
-                raise CheckpointError(
-                    f"{root}: {file} holds tensor {shown(tensor.name)}, but {INDEX_NAME} "
-                    f"maps it to {shown(weight_map.get(tensor.name))}"
-                )
-            tensors[tensor.name] = tensor
-    missing = next((name for name in weight_map if name not in tensors), None)
-    if missing is not None:
-        raise CheckpointError(
-            f"{root}: {INDEX_NAME} says that tensor {shown(missing)} is in {weight_map[missing]}, "
-            "but that file does not hold it"
-        )
-    return tensors
+    return weight_map
 
 
 def _refuse_quantised(root: Path, config: Mapping[str, Any]) -> None:
@@ -242,18 +295,17 @@ def _quantised(where: str, evidence: str) -> str:
     )
 
 
-def _sample(tensor: TensorInfo) -> bytes:
-    """Up to SAMPLE_BYTES from the middle of a tensor."""
-    size = min(tensor.nbytes, SAMPLE_BYTES)
-    try:
-        with tensor.path.open("rb") as file:
-            check_unchanged(tensor.path, file.fileno(), tensor.file)
-            file.seek(tensor.offset + (tensor.nbytes - size) // 2)
-            sample = file.read(size)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {tensor.path}: {error.strerror}") from error
-    if len(sample) < size:
-        raise CheckpointError(
-            f"{tensor.path} was truncated while it was read: tensor {shown(tensor.name)} is not whole"
-        )
-    return sample
+def _samples(files: OpenFiles, tensors: Sequence[TensorInfo]) -> Iterator[bytes]:
+    """A part of each tensor, in turn; the Hub is asked for many at the same time."""
+
+    def sample(tensor: TensorInfo) -> bytes:
+        data = bytearray(min(tensor.nbytes, SAMPLE_BYTES))
+        with files.opened(tensor) as file:
+            read_into(file, tensor, (tensor.nbytes - len(data)) // 2, memoryview(data))
+        return bytes(data)
+
+    if not any(isinstance(tensor.file, HubFile) for tensor in tensors):
+        yield from map(sample, tensors)
+        return
+    with ThreadPoolExecutor(HUB_REQUESTS) as pool:
+        yield from pool.map(sample, tensors)

@@ -1,17 +1,23 @@
-"""Checkpoints that can be averaged: one optional base and K experts that agree tensor by tensor."""
+"""Checkpoints that can be averaged: one optional base and K experts that agree tensor by tensor.
+
+An expert may be a LoRA adapter: then it stands for the base plus what the adapter adds to it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from mergemix.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mergemix.checkpoints.adapter import Adapter, LowRankDelta, is_adapter, open_adapter
+from mergemix.checkpoints.adapter_fit import fit_adapter
+from mergemix.checkpoints.checkpoint import Checkpoint, locate, open_checkpoint, read_checkpoint
+from mergemix.checkpoints.header import TensorInfo
 from mergemix.checkpoints.strict_json import shown
 from mergemix.errors import ConfigError, FamilyError
-from mergemix.mixture import Mixture
+from mergemix.mixture import SUM_TOLERANCE, Mixture
 
 REQUIRED_KEYS = ("model_type", "architectures")
 # Keys of config.json that do not change the forward pass: where a model came from, how it was trained and loaded,
@@ -25,55 +31,108 @@ IGNORED_KEYS = frozenset(
 )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """One tensor of a merge: the sum of coefficient * tensor over `dense`, plus scale * up @ down over `low_rank`.
+
+    Each with the position of its owner in `Family.members`, in that order. Numbers are fp32 and not zero: what has no
+    share is absent. dense holds at least one operand.
+    """
+
+    dense: tuple[tuple[int, TensorInfo, float], ...]
+    low_rank: tuple[tuple[int, LowRankDelta, float], ...]
+
+
 @dataclass(frozen=True)
 class Family:
-    """base: None when no mixture needs it. experts: K >= 1, in the user's order."""
+    """base: None when no mixture needs it. experts: K >= 1, in the user's order; adapters need a base."""
 
     base: Checkpoint | None
-    experts: tuple[Checkpoint, ...]
+    experts: tuple[Checkpoint | Adapter, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(expert.name for expert in self.experts)
 
     @property
-    def members(self) -> tuple[Checkpoint, ...]:
+    def members(self) -> tuple[Checkpoint | Adapter, ...]:
         """Who is summed, in the order of summation: the base where there is one, then the experts."""
         return self.experts if self.base is None else (self.base, *self.experts)
+
+    def terms(self, name: str, mixture: Mixture) -> Terms:
+        """What tensor `name` of the mixture is the sum of.
+
+        An adapter is the base plus a difference, so the weight of one that does not replace the whole tensor stays
+        in the base: its coefficient is 1 - the sum of the others' weights (exactly 0, unless that is beyond
+        rounding). Raises ConfigError as `coefficients`.
+        """
+        self._check_names(mixture)
+        whole: list[tuple[TensorInfo, float]] = []
+        dense, low_rank = [], []
+        for position, (expert, weight) in enumerate(
+            zip(self.experts, mixture.weights, strict=True), start=int(self.base is not None)
+        ):
+            tensor = expert.tensors.get(name)
+            if tensor is not None:
+                whole.append((tensor, weight))
+                dense.append((position, tensor, _fp32(expert.name, weight)))
+            if isinstance(expert, Adapter) and (delta := expert.deltas.get(name)):
+                low_rank.append((position, delta, _fp32(expert.name, weight * delta.scale)))
+        rest = self._base_share([weight for _, weight in whole])
+        if self.base is not None:
+            dense.insert(0, (0, self.base.tensors[name], rest))
+        return Terms(
+            tuple(operand for operand in dense if operand[2] != 0.0),
+            tuple(term for term in low_rank if term[2] != 0.0),
+        )
 
     def coefficients(self, mixture: Mixture) -> list[float]:
         """The coefficient of each of `members` as kernels use it, rounded to fp32; 0.0: it is not read.
 
+        Of a family of whole checkpoints: with adapters, `terms` differ between tensors.
         Raises ConfigError when the mixture is not over the experts, a coefficient is beyond fp32, or the weights
         need a base that is not there.
         """
+        self._check_names(mixture)
+        weights = [_fp32(name, weight) for name, weight in mixture.as_dict().items()]
+        rest = self._base_share(mixture.weights)
+        return weights if self.base is None else [rest, *weights]
+
+    def _check_names(self, mixture: Mixture) -> None:
         if mixture.names != self.names:
             raise ConfigError(
                 f"the mixture is over {', '.join(mixture.names)}, but the experts are {', '.join(self.names)}"
             )
-        weights = [_fp32(name, weight) for name, weight in mixture.as_dict().items()]
-        rest = mixture.base_weight
-        if self.base is not None:
-            return [_fp32("the base", rest), *weights]
-        if rest != 0.0:
+
+    def _base_share(self, weights: Sequence[float]) -> float:
+        """The fp32 coefficient of the base beside whole experts of these weights."""
+        rest = 1.0 - math.fsum(weights)
+        if abs(rest) <= SUM_TOLERANCE:
+            rest = 0.0
+        if self.base is None and rest != 0.0:
             raise ConfigError(
                 f"the weights sum to {1 - rest:.12g}, not 1, so the base has a share of {rest:g}: "
                 "give --base, or weights that sum to 1"
             )
-        return weights
+        return _fp32("the base", rest)
 
     @property
     def template(self) -> Checkpoint:
         """Whose config.json, tokenizer and shard layout are used: the base's, else the first expert's."""
-        return self.base or self.experts[0]
+        if self.base is not None:
+            return self.base
+        [first, *_] = self.experts
+        assert isinstance(first, Checkpoint), "adapters need a base"
+        return first
 
 
-def open_family(base: str | None, experts: Mapping[str, str]) -> Family:
+def open_family(base: str | None, experts: Mapping[str, str], *, download: bool = True) -> Family:
     """Open the base (None: no base) and the experts, and check that they can be averaged.
 
-    base, experts' values: a directory or a Hub id `org/name[@revision]`. experts: by domain, in order.
-    Raises ConfigError without experts, CheckpointError on one that cannot be used, FamilyError where they
-    disagree.
+    base, experts' values: a directory or a Hub id `org/name[@revision]`; an expert's may hold a LoRA adapter.
+    experts: by domain, in order. download: as for `open_checkpoint`.
+    Raises ConfigError without experts, or where adapters have no base; CheckpointError on one that cannot be used;
+    FamilyError where they disagree.
     """
     if not experts:
         raise ConfigError("no expert was given; give at least one as NAME=PATH")
@@ -81,22 +140,44 @@ def open_family(base: str | None, experts: Mapping[str, str]) -> Family:
     if unnamed:
         raise ConfigError(f"the expert {unnamed[0]!r} has no name; give it as NAME=PATH")
     family = Family(
-        base=None if base is None else open_checkpoint("base", base),
-        experts=tuple(open_checkpoint(name, source) for name, source in experts.items()),
+        base=None if base is None else open_checkpoint("base", base, download=download),
+        experts=tuple(_open_expert(name, source, download) for name, source in experts.items()),
     )
     check_family(family)
-    return family
+    return _fitted(family)
+
+
+def _open_expert(name: str, source: str, download: bool) -> Checkpoint | Adapter:
+    location = locate(name, source, download=download)
+    if is_adapter(location.root):
+        return open_adapter(name, source, location)
+    return read_checkpoint(name, source, location)
+
+
+def _fitted(family: Family) -> Family:
+    """The family with its adapters fitted to its base. Raises ConfigError without one, FamilyError as fit_adapter."""
+    adapters = [expert for expert in family.experts if isinstance(expert, Adapter)]
+    if not adapters:
+        return family
+    base = family.base
+    if base is None:
+        raise ConfigError(
+            f"{adapters[0].name} ({adapters[0].source}) is a LoRA adapter, which says only what it changes in its "
+            "base: give --base with the model that it was trained on"
+        )
+    experts = (fit_adapter(each, base) if isinstance(each, Adapter) else each for each in family.experts)
+    return replace(family, experts=tuple(experts))
 
 
 def check_family(family: Family) -> None:
-    """Raise FamilyError unless all members have the same architecture, tensor names, dtypes and shapes.
+    """Raise FamilyError unless all checkpoints have the same architecture, tensor names, dtypes and shapes.
 
     Of config.json, what both hold of the keys that change the forward pass must be equal. A key that only one
     holds is accepted: versions of transformers differ in which defaults they write down.
     The message names the first key or tensor that differs, both values and both checkpoints.
     """
-    first, *others = family.members
-    for other in others:
+    checkpoints = [member for member in family.members if isinstance(member, Checkpoint)]
+    for first, other in ((checkpoints[0], other) for other in checkpoints[1:]):
         _check_configs(first, other)
         _check_tensors(first, other)
 
@@ -159,11 +240,11 @@ def _check_tensors(one: Checkpoint, other: Checkpoint) -> None:
 
 
 def _fp32(name: str, coefficient: float) -> float:
-    with np.errstate(over="ignore", under="ignore"):
-        rounded = float(np.float32(coefficient))
-    if not np.isfinite(rounded):
-        raise ConfigError(f"the weight of {name} is {coefficient}, beyond the range of fp32")
-    return rounded
+    """The fp32 number nearest to `coefficient`."""
+    try:
+        return struct.unpack("<f", struct.pack("<f", coefficient))[0]
+    except OverflowError:
+        raise ConfigError(f"the weight of {name} is {coefficient}, beyond the range of fp32") from None
 
 
 def _named(checkpoint: Checkpoint) -> str:

@@ -73,3 +73,23 @@ def check_unchanged(path: Path, descriptor: int, identity: FileIdentity) -> None
             f"{path} was changed after it was opened: where its tensors lie is no longer known; "
             "leave checkpoints alone while they are used, and start again"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file that stays on the Hugging Face Hub, of one commit: what it holds can never change.
+
+    repo: `org/name`. commit: 40 hex digits. etag: the Hub's name for the contents (SHA-256, or git's id of a small
+    file).
+    """
+
+    repo: str
+    commit: str
+    name: str
+    nbytes: int
+    etag: str
+
+    @property
+    def path(self) -> Path:
+        """How messages name the file."""
+        return Path(f"{self.repo}@{self.commit[:12]}") / self.name

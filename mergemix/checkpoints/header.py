@@ -7,15 +7,23 @@ then the tensors' bytes, which the offsets cover without holes, overlaps or a re
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mergemix.checkpoints.files import FileIdentity
+from mergemix.checkpoints.files import FileIdentity, HubFile
 from mergemix.checkpoints.strict_json import parse_object, shown
 from mergemix.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from mergemix.checkpoints.ranges import RangeFile
+
 LENGTH_BYTES = 8
+# The first request to the Hub: the whole header of a file of some 2,000 tensors.
+FIRST_BYTES = 1 << 18
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_TENSORS = 250_000  # in one file; the largest mixture-of-experts checkpoints hold about 100,000 in all
 MAX_BYTES = 2**63 - 1  # file offsets are signed 64-bit integers
@@ -34,7 +42,7 @@ class TensorInfo:
     """One tensor of a safetensors file.
 
     dtype: the format's own name ("BF16"). offset: bytes from the file's start. file: what `path` was when its
-    header was read.
+    header was read, or the file on the Hub that `path` names in messages.
     """
 
     name: str
@@ -43,7 +51,7 @@ class TensorInfo:
     path: Path
     offset: int
     nbytes: int
-    file: FileIdentity
+    file: FileIdentity | HubFile
 
 
 def read_header(path: Path) -> list[TensorInfo]:
@@ -51,7 +59,76 @@ def read_header(path: Path) -> list[TensorInfo]:
 
     Raises CheckpointError naming the file, the tensor, the rule and the value that broke it.
     """
-    raw, file = _read_raw(path)
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not a file")
+        with path.open("rb") as opened:
+            file = FileIdentity.of(opened.fileno())
+            raw = _read_raw(path, file.nbytes, opened.read)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    return _tensors(path, file, raw)
+
+
+def read_hub_header(file: HubFile) -> list[TensorInfo]:
+    """As `read_header`, of a file on the Hub: its first bytes are asked for, in one request where they suffice."""
+    from mergemix.checkpoints.hub_ranges import open_hub_file
+
+    with closing(open_hub_file(file)) as remote:
+        raw = _read_raw(file.path, file.nbytes, io.BufferedReader(_Sequential(remote), FIRST_BYTES).read)
+    return _tensors(file.path, file, raw)
+
+
+class _Sequential(io.RawIOBase):
+    """A RangeFile from its first byte on."""
+
+    def __init__(self, file: RangeFile) -> None:
+        self._file = file
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.read_into(memoryview(buffer), self._position)
+        self._position += count
+        return count
+
+
+def _read_raw(path: Path, file_bytes: int, read: Callable[[int], bytes]) -> bytes:
+    """The header's JSON bytes. read: the next so many bytes of the file `path`, fewer at its end."""
+    prefix = read(LENGTH_BYTES)
+    if len(prefix) < LENGTH_BYTES:
+        raise CheckpointError(
+            f"{path} is no safetensors file: it has {file_bytes} bytes, and the header's "
+            f"length alone takes {LENGTH_BYTES}; it may be truncated, copy it again"
+        )
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path} is no safetensors file: a header has at most {MAX_HEADER_BYTES} bytes, "
+            f"but its first 8 bytes promise {length}"
+        )
+    if length > file_bytes - LENGTH_BYTES:
+        raise CheckpointError(
+            f"{path} is truncated: it promises a header of {length} bytes, but has only "
+            f"{file_bytes} bytes in all; copy it again"
+        )
+    raw = read(length)
+    if len(raw) < length:
+        raise CheckpointError(
+            f"{path} was truncated while it was read: {len(raw)} of {length} bytes of its header"
+        )
+    if not raw.startswith(b"{"):
+        raise CheckpointError(
+            f"{path} is no safetensors file: the header must begin with '{{', but begins with "
+            f"{shown(raw[:8])}"
+        )
+    return raw
+
+
+def _tensors(path: Path, file: FileIdentity | HubFile, raw: bytes) -> list[TensorInfo]:
+    """The tensors that the header `raw` of `path` describes, in the order of their bytes."""
     header = parse_object(raw, f"the header of {path}")
     _check_metadata(path, header.pop("__metadata__", {}))
     if len(header) > MAX_TENSORS:
@@ -63,46 +140,6 @@ def read_header(path: Path) -> list[TensorInfo]:
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_cover(path, tensors, data_start, file.nbytes)
     return tensors
-
-
-def _read_raw(path: Path) -> tuple[bytes, FileIdentity]:
-    """The header's JSON bytes, and which file they are from."""
-    try:
-        if not path.is_file():
-            raise CheckpointError(f"{path} is not a file")
-        with path.open("rb") as file:
-            identity = FileIdentity.of(file.fileno())
-            file_bytes = identity.nbytes
-            prefix = file.read(LENGTH_BYTES)
-            if len(prefix) < LENGTH_BYTES:
-                raise CheckpointError(
-                    f"{path} is no safetensors file: it has {file_bytes} bytes, and the header's "
-                    f"length alone takes {LENGTH_BYTES}; it may be truncated, copy it again"
-                )
-            length = int.from_bytes(prefix, "little")
-            if length > MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    f"{path} is no safetensors file: a header has at most {MAX_HEADER_BYTES} bytes, "
-                    f"but its first 8 bytes promise {length}"
-                )
-            if length > file_bytes - LENGTH_BYTES:
-                raise CheckpointError(
-                    f"{path} is truncated: it promises a header of {length} bytes, but has only "
-                    f"{file_bytes} bytes in all; copy it again"
-                )
-            raw = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    if len(raw) < length:
-        raise CheckpointError(
-            f"{path} was truncated while it was read: {len(raw)} of {length} bytes of its header"
-        )
-    if not raw.startswith(b"{"):
-        raise CheckpointError(
-            f"{path} is no safetensors file: the header must begin with '{{', but begins with "
-            f"{shown(raw[:8])}"
-        )
-    return raw, identity
 
 
 def _check_metadata(path: Path, metadata: Any) -> None:
@@ -118,7 +155,7 @@ def _check_metadata(path: Path, metadata: Any) -> None:
             )
 
 
-def _tensor(path: Path, file: FileIdentity, name: str, entry: Any, data_start: int) -> TensorInfo:
+def _tensor(path: Path, file: FileIdentity | HubFile, name: str, entry: Any, data_start: int) -> TensorInfo:
     """One entry of the header, checked on its own: keys, dtype, shape, offsets, bytes = dtype x shape."""
 
     def fail(rule: str, value: object) -> CheckpointError:

@@ -8,17 +8,22 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from mergemix.checkpoints.checkpoint import Checkpoint
 from mergemix.checkpoints.files import SINGLE_NAME, is_side_file
-from mergemix.checkpoints.header import LENGTH_BYTES, TensorInfo
+from mergemix.checkpoints.header import DTYPE_BITS, LENGTH_BYTES, TensorInfo
 from mergemix.errors import OutputError
 
-HEADER_ALIGNMENT = 8
+# Tensors begin at a multiple of this in the file, as writes past the page cache need; readers ask for 8.
+DATA_ALIGNMENT = 4096
+DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,15 @@ class Shard:
 
 
 def shard_layout(template: Checkpoint) -> list[Shard]:
-    """The template's files, its tensors in its order; a single file gets the name that libraries expect."""
+    """The template's files and its order, wider types first; a single file gets the name that libraries expect.
+
+    So every tensor begins at a multiple of its element's size.
+    """
     files: dict[str, list[TensorInfo]] = {}
     for tensor in template.tensors.values():
         files.setdefault(tensor.path.name, []).append(tensor)
+    for tensors in files.values():
+        tensors.sort(key=lambda tensor: -DTYPE_BITS[tensor.dtype])
     if len(files) == 1:
         return [_shard(SINGLE_NAME, tensors) for tensors in files.values()]
     return [_shard(file, tensors) for file, tensors in files.items()]
@@ -57,7 +67,7 @@ def _shard(file: str, tensors: Sequence[TensorInfo]) -> Shard:
         }
         begin = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    text += b" " * (-(LENGTH_BYTES + len(text)) % DATA_ALIGNMENT)
     header = len(text).to_bytes(LENGTH_BYTES, "little") + text
     offsets = {}
     position = len(header)
@@ -94,17 +104,17 @@ def check_output(out: Path) -> None:
 class DirectoryWriter:
     """A directory that appears at `out` complete, or not at all.
 
-    open(nbytes), write(...), then commit(), and discard() in any case. Until the commit everything lies in
-    the hidden sibling `.<name>.tmp-<pid>`, which is locked. What a killed process left is removed by the next
-    writer of the same `out`. Raises OutputError when `out` exists, cannot be written, or the disk is full.
+    open(nbytes), allocate and write(...), then commit(), and discard() in any case; write may be called from several
+    threads. Until the commit everything lies in the hidden sibling `.<name>.tmp-<pid>`, which is locked. What a
+    killed process left is removed by the next writer of the same `out`.
+    Raises OutputError when `out` exists, cannot be written, or the disk is full.
     """
 
     def __init__(self, out: Path) -> None:
         self.out = Path(os.path.abspath(out))
         self.path = self.out.parent / f".{self.out.name}.tmp-{os.getpid()}"
         self._lock = -1
-        self._file = -1
-        self._file_name = ""
+        self._files = _OutputFiles(self.path)
 
     def open(self, nbytes: int) -> None:
         """Make the temporary directory. nbytes: what will be written, checked against the free space."""
@@ -126,19 +136,23 @@ class DirectoryWriter:
                     "free some space or give a directory on another disk"
                 )
 
+    def allocate(self, name: str, nbytes: int, body_bytes: int) -> None:
+        """Take the space of a file of `nbytes` on the disk now, so that it cannot fill up half-way.
+
+        When body_bytes have been written to it, they are brought to the disk while other files are written.
+        """
+        with self._translated():
+            self._files.allocate(name, nbytes, body_bytes)
+
     def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
         """Write all of `data` at `offset` of the file `name`, in any order; a range may be written again."""
         with self._translated():
-            self._select(name)
-            view = memoryview(data)
-            while view:
-                written = os.pwrite(self._file, view, offset)
-                view, offset = view[written:], offset + written
+            self._files.write(name, offset, memoryview(data))
 
     def commit(self) -> None:
         """Bring everything to the disk, then make it appear at `out`."""
         with self._translated():
-            self._select("")
+            self._files.sync()
             for folder, _, _ in os.walk(self.path):
                 _sync_directory(folder)
             if os.path.lexists(self.out):  # rename would replace an empty directory without a word
@@ -158,28 +172,10 @@ class DirectoryWriter:
         """Remove what was not committed; nothing after a commit."""
         if self._lock < 0:
             return
-        if self._file >= 0:
-            with suppress(OSError):  # a failed write may be reported here; nothing of it is kept
-                os.close(self._file)
+        self._files.discard()
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
-        self._lock = self._file = -1
-
-    def _select(self, name: str) -> None:
-        """Make `name` the open file, after the previous one has reached the disk. "" only closes."""
-        if name == self._file_name:
-            return
-        if self._file >= 0:
-            file, self._file, self._file_name = self._file, -1, ""
-            try:
-                os.fsync(file)
-            finally:
-                os.close(file)
-        if name:
-            path = self.path / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            self._file_name = name
+        self._lock = -1
 
     def _remove_leftovers(self) -> None:
         """Remove the temporary directories of killed writers of the same output."""
@@ -199,6 +195,97 @@ class DirectoryWriter:
             raise OutputError(
                 f"cannot write {self.out}: {error.strerror}{hint}; nothing was left behind"
             ) from error
+
+
+class _OutputFiles:
+    """The files below one directory, written past the page cache where the system can do that.
+
+    The page cache would double the memory traffic, and its write-back is slower than direct writes of the same
+    bytes. Ends of files, headers and small files go through it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._lock = threading.Lock()
+        self._descriptors: dict[tuple[str, int], int] = {}
+        self._missing: dict[str, int] = {}
+        self._direct = DIRECT
+
+    def allocate(self, name: str, nbytes: int, body_bytes: int) -> None:
+        try:
+            os.posix_fallocate(self._open(name, 0), 0, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # no such thing on this file system
+                raise
+        self._missing[name] = body_bytes
+        self._close([(name, 0)])  # several outputs of many shards may be more files than a process may open
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        nbytes = len(data)
+        written = self._write_direct(name, offset, data)
+        data, offset = data[written:], offset + written
+        file = self._open(name, 0)
+        while data:
+            written = os.pwrite(file, data, offset)
+            data, offset = data[written:], offset + written
+        with self._lock:
+            missing = self._missing.get(name, 0)
+            self._missing[name] = missing - nbytes
+        if nbytes and missing == nbytes:
+            self._close([(name, 0), (name, DIRECT)], sync=True)
+
+    def _write_direct(self, name: str, offset: int, data: memoryview) -> int:
+        """Write what can be written so, from the beginning of `data`: how many bytes."""
+        if not self._direct or offset % DATA_ALIGNMENT or _address(data) % DATA_ALIGNMENT:
+            return 0
+        end, done = len(data) // DATA_ALIGNMENT * DATA_ALIGNMENT, 0
+        while done < end:
+            try:
+                written = os.pwrite(self._open(name, self._direct), data[done:end], offset + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._direct = 0  # a file system that has no direct writes
+                break
+            if written % DATA_ALIGNMENT:
+                break
+            done += written
+        return done
+
+    def _open(self, name: str, flags: int) -> int:
+        with self._lock:
+            file = self._descriptors.get((name, flags))
+            if file is None:
+                path = self._root / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = self._descriptors[name, flags] = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+            return file
+
+    def sync(self) -> None:
+        """Bring all files to the disk, and close them."""
+        self._close(list(self._descriptors), sync=True)
+
+    def _close(self, keys: Sequence[tuple[str, int]], *, sync: bool = False) -> None:
+        for key in keys:
+            with self._lock:
+                file = self._descriptors.pop(key, None)
+            if file is None:
+                continue
+            try:
+                if sync:
+                    os.fsync(file)
+            finally:
+                os.close(file)
+
+    def discard(self) -> None:
+        """Close all files, whatever the system says: nothing of them is kept."""
+        for key in list(self._descriptors):
+            with suppress(OSError):
+                self._close([key])
+
+
+def _address(data: memoryview) -> int:
+    return np.frombuffer(data, np.uint8).__array_interface__["data"][0] if data else 1
 
 
 def _is_other_process(pid: int) -> bool:

@@ -1,87 +1,148 @@
-"""Where merged tensors go: a safetensors directory, or the live parameters of an engine."""
+"""Where merged tensors go: safetensors directories, or the live parameters of an engine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from mergemix.checkpoints.checkpoint import Checkpoint
 from mergemix.checkpoints.files import INDEX_NAME
-from mergemix.checkpoints.writer import DirectoryWriter, index_json, shard_layout, side_files
+from mergemix.checkpoints.writer import DirectoryWriter, Shard, index_json, shard_layout, side_files
 from mergemix.errors import FamilyError, OutputError
 from mergemix.merge.plan import MergePlan, TensorTask
 
 COPY_BYTES = 1 << 20
+RECORD_NAME = "mergemix.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes [begin, begin + nbytes) of a tensor, which lie at `at` in their block."""
+
+    task: TensorTask
+    begin: int
+    nbytes: int
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What is read, summed and written at a time: pieces without holes between them.
+
+    place: file name ("" for parameters) and offset in it, the same for every output.
+    """
+
+    pieces: tuple[Piece, ...]
+    nbytes: int
+    file: str
+    offset: int
 
 
 class Sink(Protocol):
-    """Takes a merge chunk by chunk. A range of a tensor may come twice; the last time counts."""
+    """Takes the blocks of a merge, in any order and from several threads."""
 
-    def target(self, task: TensorTask, begin: int, nbytes: int) -> np.ndarray | None:
-        """uint8 memory (nbytes,) where bytes [begin, begin + nbytes) of the tensor belong, or None."""
+    def blocks(self, block_bytes: int) -> Iterator[Block]:
+        """All of the result, in the order in which it is best read; no block is larger than block_bytes."""
 
-    def write(self, task: TensorTask, begin: int, data: np.ndarray) -> None:
-        """Take the bytes from `begin` on; data (uint8) is reused afterwards. Not called after a target."""
+    def target(self, block: Block, output: int) -> np.ndarray | None:
+        """uint8 memory (block.nbytes,) where the block of that output belongs, or None."""
+
+    def write(self, block: Block, output: int, data: np.ndarray) -> None:
+        """Take a block (uint8, used again afterwards) where there is no target."""
+
+    def rewrite(self, piece: Piece, output: int, data: np.ndarray) -> None:
+        """Replace bytes that were written before; `piece.at` means nothing. Called when all blocks are done."""
 
 
 class SafetensorsSink:
-    """A complete Hugging Face directory at `out`: the template's layout, configuration and tokenizer.
+    """Complete Hugging Face directories: the template's layout, configuration and tokenizer.
 
-    A context manager: `out` appears whole after a clean exit, and not at all after an exception.
-    Raises OutputError as DirectoryWriter does.
+    names: one subdirectory of `out` per output; none for a single output in `out` itself. records: for each output
+    what is kept beside it as mergemix.json. A context manager: `out` appears whole after a clean exit, and not at
+    all after an exception. Raises OutputError as DirectoryWriter does.
     """
 
-    def __init__(self, out: Path, plan: MergePlan, template: Checkpoint) -> None:
+    def __init__(
+        self,
+        out: Path,
+        plan: MergePlan,
+        template: Checkpoint,
+        *,
+        names: Sequence[str] = (".",),
+        records: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        self._tasks = {task.name: task for task in plan.tasks}
         self._shards = shard_layout(template)
         self._places = {
             name: (shard.file, offset) for shard in self._shards for name, offset in shard.offsets.items()
         }
-        self._tensor_bytes = plan.bytes_written
+        self._tensor_bytes = plan.bytes_written // plan.num_outputs
         self._template_root = template.root
+        self._names = tuple(names)
+        self._records = tuple(records)
         self._writer = DirectoryWriter(out)
 
     def __enter__(self) -> SafetensorsSink:
         try:
             side_bytes = sum(path.stat().st_size for path in side_files(self._template_root))
-            self._writer.open(side_bytes + sum(shard.nbytes for shard in self._shards))
+            shard_bytes = sum(shard.nbytes for shard in self._shards)
+            self._writer.open(len(self._names) * (side_bytes + shard_bytes))
+            for name, shard in itertools.product(self._names, self._shards):
+                body_bytes = shard.nbytes - len(shard.header)
+                self._writer.allocate(_join(name, shard.file), shard.nbytes, body_bytes)
         except BaseException:
             self._writer.discard()
             raise
         return self
 
-    def target(self, task: TensorTask, begin: int, nbytes: int) -> None:
+    def blocks(self, block_bytes: int) -> Iterator[Block]:
+        for shard in self._shards:
+            yield from _shard_blocks(shard, self._tasks, block_bytes)
+
+    def target(self, block: Block, output: int) -> None:
         return None
 
-    def write(self, task: TensorTask, begin: int, data: np.ndarray) -> None:
-        file, offset = self._places[task.name]
-        self._writer.write(file, offset + begin, data.data)
+    def write(self, block: Block, output: int, data: np.ndarray) -> None:
+        self._writer.write(_join(self._names[output], block.file), block.offset, data.data)
+
+    def rewrite(self, piece: Piece, output: int, data: np.ndarray) -> None:
+        file, offset = self._places[piece.task.name]
+        self._writer.write(_join(self._names[output], file), offset + piece.begin, data.data)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             if kind is None:
-                self._finish()
+                for output, name in enumerate(self._names):
+                    self._finish(name, self._records[output : output + 1])
                 self._writer.commit()
         finally:
             self._writer.discard()
 
-    def _finish(self) -> None:
-        """What makes the directory a checkpoint comes last: headers, configuration and tokenizer, index."""
+    def _finish(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """What makes a directory a checkpoint comes last: headers, configuration and tokenizer, index."""
         for shard in self._shards:
-            self._writer.write(shard.file, 0, shard.header)
+            self._writer.write(_join(name, shard.file), 0, shard.header)
         for path in side_files(self._template_root):
-            self._copy(path)
+            self._copy(path, name)
+        for record in records:
+            text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+            self._writer.write(_join(name, RECORD_NAME), 0, text.encode())
         if len(self._shards) > 1:
-            self._writer.write(INDEX_NAME, 0, index_json(self._shards, self._tensor_bytes))
+            index = index_json(self._shards, self._tensor_bytes)
+            self._writer.write(_join(name, INDEX_NAME), 0, index)
 
-    def _copy(self, path: Path) -> None:
+    def _copy(self, path: Path, directory: str) -> None:
         """Copy a side file of the template."""
-        name, offset = str(path.relative_to(self._template_root)), 0
+        name, offset = _join(directory, str(path.relative_to(self._template_root))), 0
         self._writer.write(name, 0, b"")  # an empty file is a file too
         try:
             with path.open("rb") as file:
@@ -98,19 +159,57 @@ class ParameterSink:
     Raises FamilyError for a tensor that has no parameter, or one of another size.
     """
 
-    def __init__(self, parameters: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, plan: MergePlan, parameters: Mapping[str, np.ndarray]) -> None:
+        for task in plan.tasks:
+            parameter = parameters.get(task.name)
+            if parameter is None:
+                raise FamilyError(f"tensor {task.name!r} of the checkpoints has no live parameter")
+            if parameter.dtype != np.uint8 or parameter.shape != (task.nbytes,):
+                raise FamilyError(
+                    f"tensor {task.name!r} has {task.nbytes} bytes in the checkpoints, but its live parameter is "
+                    f"{parameter.dtype} {parameter.shape}"
+                )
+        self._plan = plan
         self._parameters = parameters
 
-    def target(self, task: TensorTask, begin: int, nbytes: int) -> np.ndarray:
-        parameter = self._parameters.get(task.name)
-        if parameter is None:
-            raise FamilyError(f"tensor {task.name!r} of the checkpoints has no live parameter")
-        if parameter.dtype != np.uint8 or parameter.shape != (task.nbytes,):
-            raise FamilyError(
-                f"tensor {task.name!r} has {task.nbytes} bytes in the checkpoints, but its live parameter is "
-                f"{parameter.dtype} {parameter.shape}"
-            )
-        return parameter[begin : begin + nbytes]
+    def blocks(self, block_bytes: int) -> Iterator[Block]:
+        return tensor_blocks(self._plan, block_bytes)
 
-    def write(self, task: TensorTask, begin: int, data: np.ndarray) -> None:
-        raise AssertionError("every chunk has a target")
+    def target(self, block: Block, output: int) -> np.ndarray:
+        (piece,) = block.pieces
+        return self._parameters[piece.task.name][piece.begin : piece.begin + piece.nbytes]
+
+    def write(self, block: Block, output: int, data: np.ndarray) -> None:
+        raise AssertionError("every block has a target")
+
+    def rewrite(self, piece: Piece, output: int, data: np.ndarray) -> None:
+        self._parameters[piece.task.name][piece.begin : piece.begin + piece.nbytes] = data
+
+
+def tensor_blocks(plan: MergePlan, block_bytes: int) -> Iterator[Block]:
+    """Blocks of one piece each, for sinks that keep every tensor apart."""
+    for task in plan.tasks:
+        for begin in range(0, task.nbytes, block_bytes):
+            nbytes = min(block_bytes, task.nbytes - begin)
+            yield Block((Piece(task, begin, nbytes, 0),), nbytes, task.name, begin)
+
+
+def _shard_blocks(shard: Shard, tasks: Mapping[str, TensorTask], block_bytes: int) -> Iterator[Block]:
+    """The data of one file, cut at multiples of block_bytes from its beginning."""
+    begin, pieces, filled = len(shard.header), [], 0
+    for name, tensor_offset in shard.offsets.items():
+        task, done = tasks[name], 0
+        assert tensor_offset == begin + filled, "tensors lie in the file without holes"
+        while done < task.nbytes:
+            nbytes = min(task.nbytes - done, block_bytes - filled)
+            pieces.append(Piece(task, done, nbytes, filled))
+            done, filled = done + nbytes, filled + nbytes
+            if filled == block_bytes:
+                yield Block(tuple(pieces), filled, shard.file, begin)
+                begin, pieces, filled = begin + filled, [], 0
+    if pieces:
+        yield Block(tuple(pieces), filled, shard.file, begin)
+
+
+def _join(directory: str, name: str) -> str:
+    return str(PurePosixPath(directory, name))

@@ -1,24 +1,35 @@
-"""The merge loop: read K operands chunk by chunk, sum them, hand the result to a sink. Memory is bounded."""
+"""The merge loop: workers read K operands block by block, sum them, and hand each output to a sink. Memory is bounded.
+
+Each worker takes the next block and does all of it by itself, so that reading, summing and writing of different blocks
+overlap, and a block stays in the cache of one core.
+"""
 
 from __future__ import annotations
 
+import mmap
 import os
+import queue
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 
-from mergemix.checkpoints.checkpoint import FLOATING, TensorInfo
-from mergemix.checkpoints.files import check_unchanged
-from mergemix.errors import CheckpointError, ConfigError, NonFiniteError
-from mergemix.merge.plan import MergePlan, TensorTask
-from mergemix.merge.sinks import Sink
+from mergemix.checkpoints.checkpoint import FLOATING
+from mergemix.checkpoints.header import TensorInfo
+from mergemix.checkpoints.ranges import OpenFiles, read_into
+from mergemix.merge.buffers import Buffers, divide_memory
+from mergemix.merge.factors import FactorCache
+from mergemix.merge.non_finite import non_finite_error
+from mergemix.merge.plan import Coefficients, MergePlan, TensorTask
+from mergemix.merge.sinks import Block, Piece, Sink
 from mergemix_kernels import cpu
 
-CHUNK_ALIGNMENT = 64  # bytes: whole elements of every dtype, and whole cache lines
-MAX_CHUNK_BYTES = 4 << 20
+HEAD_BYTES = 64
+# Inputs and outputs that take more of the free memory than this are not left in the page cache.
+CACHED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -40,187 +51,262 @@ def stream(
 ) -> MergeStats:
     """Merge every tensor of the plan into the sink.
 
-    memory_bytes: bound on the buffers, one per operand and one for the result; it does not change a bit of
-    the result. progress: called with the bytes of the result that were done since the last call.
+    memory_bytes: bound on the buffers; it does not change a bit of the result, nor does the number of threads.
+    progress: called, in this thread, with the bytes of the results that were done since the last call.
     Raises NonFiniteError naming tensor and expert, CheckpointError when a file is gone or no longer the one
     that was opened, ConfigError when memory_bytes is too small, and what the sink raises.
     """
     begin_time = time.perf_counter()
-    with _Merger(plan, sink, memory_bytes) as merger:
-        for task in plan.tasks:
-            for done in merger.sum(task) if task.action == "sum" else merger.copy(task):
-                if progress is not None:
-                    progress(done)
-        bytes_read = merger.reader.bytes_read
-    return MergeStats(len(plan.tasks), bytes_read, plan.bytes_written, time.perf_counter() - begin_time)
+    buffers = divide_memory(plan, memory_bytes)
+    files = OpenFiles()
+    try:
+        merge = _Merge(plan, sink, buffers, files)
+        _run(merge, buffers.workers, progress)
+        merge.settle()
+        files.check_unchanged()
+    finally:
+        files.close()
+    return MergeStats(
+        len(plan.tasks), merge.bytes_read, plan.bytes_written, time.perf_counter() - begin_time
+    )
 
 
-class OperandReader:
-    """Reads ranges of the operands' tensors with pread, into one buffer per operand that is used again.
+def _run(merge: _Merge, workers: int, progress: Callable[[int], None] | None) -> None:
+    """Let workers take blocks until none is left. The first error, or Ctrl-C, stops all of them."""
+    reports: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
 
-    One file per operand is open at a time: tensors come in file order, and K times all shards may be more
-    files than a process may open.
-    """
-
-    def __init__(self, num_operands: int, chunk_bytes: int) -> None:
-        self.bytes_read = 0
-        self._buffers = [np.empty(chunk_bytes, np.uint8) for _ in range(num_operands)]
-        self._files: list[tuple[str, int] | None] = [None] * num_operands
-
-    def read(
-        self, operand: int, tensor: TensorInfo, begin: int, nbytes: int, into: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Bytes [begin, begin + nbytes) of `tensor`, in `into` or else in the operand's buffer, as uint8."""
-        data = self._buffers[operand][:nbytes] if into is None else into
-        view = data.data
+    def work() -> None:
         try:
-            file = self._open(operand, tensor)
-            done = 0
-            while done < nbytes:
-                count = os.preadv(file, [view[done:]], tensor.offset + begin + done)
-                if count == 0:
-                    raise CheckpointError(
-                        f"{tensor.path} was truncated while it was read: tensor {tensor.name!r} ends "
-                        f"{nbytes - done} bytes early"
-                    )
-                done += count
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot read tensor {tensor.name!r} from {tensor.path}: {error.strerror}"
-            ) from error
-        self.bytes_read += nbytes
-        return data
+            for nbytes in merge.work():
+                reports.put(nbytes)
+        except BaseException as error:
+            reports.put(error)
+        finally:
+            reports.put(None)
 
-    def _open(self, operand: int, tensor: TensorInfo) -> int:
-        path = str(tensor.path)
-        current = self._files[operand]
-        if current is not None and current[0] == path:
-            return current[1]
-        self._close(operand)
-        file = os.open(path, os.O_RDONLY)
-        self._files[operand] = (path, file)
-        check_unchanged(tensor.path, file, tensor.file)
-        return file
-
-    def _close(self, operand: int) -> None:
-        current, self._files[operand] = self._files[operand], None
-        if current is not None:
-            os.close(current[1])
-
-    def close(self) -> None:
-        for operand in range(len(self._files)):
-            self._close(operand)
+    with ThreadPoolExecutor(workers, thread_name_prefix="mergemix-merge") as pool:
+        for _ in range(workers):
+            pool.submit(work)
+        try:
+            while workers:
+                report = reports.get()
+                if isinstance(report, BaseException):
+                    raise report
+                if report is None:
+                    workers -= 1
+                elif progress is not None:
+                    progress(report)
+        finally:
+            merge.stop()
 
 
-class _Merger:
-    """One merge under way: the reader, the buffer for results, and what is done with a chunk."""
+@dataclass(frozen=True)
+class _Copied:
+    """A piece whose operands are equal, and whose weighted sum is not: right only if the whole tensor is equal."""
 
-    def __init__(self, plan: MergePlan, sink: Sink, memory_bytes: int) -> None:
-        num_operands = len(plan.operand_names)
-        largest = max((task.nbytes for task in plan.tasks), default=0)
-        self._chunk_bytes = _chunk_bytes(memory_bytes, num_operands + 1, largest)
+    piece: Piece
+    output: int
+
+
+class _Merge:
+    """What the workers share: the blocks that are left, the open files, and what was found on the way."""
+
+    def __init__(self, plan: MergePlan, sink: Sink, buffers: Buffers, files: OpenFiles) -> None:
+        self.bytes_read = 0
         self._plan = plan
         self._sink = sink
-        self._result = np.empty(self._chunk_bytes, np.uint8)
-        self.reader = OperandReader(num_operands, self._chunk_bytes)
+        self._buffers = buffers
+        self._files = files
+        self._factors = FactorCache(files)
+        self._slots = {member: slot for slot, member in enumerate(plan.dense_members)}
+        self._blocks = sink.blocks(buffers.block_bytes)
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._forget = plan.bytes_read > CACHED_SHARE * _free_memory_bytes()
+        self._sums: dict[Coefficients, cpu.WeightedSums] = {}
+        self._copied: list[_Copied] = []
+        self._differing: set[tuple[str, int]] = set()  # (tensor, output) whose operands are not all equal
 
-    def __enter__(self) -> _Merger:
-        return self
+    def stop(self) -> None:
+        """Give out no more blocks."""
+        self._stopped = True
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.reader.close()
+    def work(self) -> Iterator[int]:
+        """Merge blocks until none is left; yields the bytes of the results of each."""
+        block_bytes = self._buffers.block_bytes
+        operands = [_page_aligned(block_bytes) for _ in self._slots]
+        results = [_page_aligned(block_bytes) for _ in range(self._plan.num_outputs)]
+        while (block := self._next()) is not None:
+            self._merge_block(block, operands, results)
+            yield block.nbytes * len(results)
 
-    def copy(self, task: TensorTask) -> Iterator[int]:
-        """Copy the only operand, bit for bit. Yields the bytes of each chunk."""
-        for begin, nbytes in self._chunks(task.nbytes):
-            target = self._sink.target(task, begin, nbytes)
-            data = self.reader.read(0, task.operands[0][0], begin, nbytes, into=target)
-            if task.dtype in FLOATING:
-                self._check_finite(task, data, [data])
-            if target is None:
-                self._sink.write(task, begin, data)
-            yield nbytes
+    def _next(self) -> Block | None:
+        with self._lock:
+            return None if self._stopped else next(self._blocks, None)
 
-    def sum(self, task: TensorTask) -> Iterator[int]:
-        """Sum the operands, or copy them if they are bitwise equal throughout. Yields each chunk's bytes.
-
-        In fp32 the weighted sum of K equal values is not always that value. So chunks are copied for as long
-        as all operands are equal; at the first difference the tensor is done again from its start.
-        """
-        equal = True
-        for begin, nbytes in self._chunks(task.nbytes):
-            sources = [
-                self.reader.read(k, tensor, begin, nbytes) for k, (tensor, _) in enumerate(task.operands)
-            ]
-            if equal and not cpu.bitwise_equal([self._elements(task, source) for source in sources]):
-                equal = False
-                self._sum_equal_part(task, begin)
-                if begin:
-                    sources[0] = self.reader.read(0, task.operands[0][0], begin, nbytes)
-            self._put(task, begin, sources, copied=equal)
-            yield nbytes
-
-    def _sum_equal_part(self, task: TensorTask, end: int) -> None:
-        """Sum the bytes before `end`, which are the same in all operands: so only the first is read again."""
-        for begin, nbytes in self._chunks(end):
-            source = self.reader.read(0, task.operands[0][0], begin, nbytes)
-            self._put(task, begin, [source] * len(task.operands), copied=False)
-
-    def _put(self, task: TensorTask, begin: int, sources: list[np.ndarray], *, copied: bool) -> None:
-        """Give the sink the weighted sum of the sources (a chunk of each operand, uint8), or the first."""
-        nbytes = sources[0].size
-        target = self._sink.target(task, begin, nbytes)
-        result = self._result[:nbytes] if target is None else target
-        if copied:
-            np.copyto(result, sources[0])
-        else:
-            cpu.weighted_sum(
-                [self._elements(task, source) for source in sources],
-                [coefficient for _, coefficient in task.operands],
-                self._elements(task, result),
-                task.dtype,
-            )
-        self._check_finite(task, result, sources)
-        if target is None:
-            self._sink.write(task, begin, result)
-
-    def _check_finite(self, task: TensorTask, result: np.ndarray, sources: list[np.ndarray]) -> None:
-        if cpu.all_finite(self._elements(task, result), task.dtype):
-            return
-        holders = [
-            f"{self._plan.operand_names[k]} ({task.operands[k][0].path})"
-            for k, source in enumerate(sources)
-            if not cpu.all_finite(self._elements(task, source), task.dtype)
+    def _merge_block(self, block: Block, operands: list[np.ndarray], results: list[np.ndarray]) -> None:
+        self._read_block(block, operands)
+        targets = [self._sink.target(block, output) for output in range(len(results))]
+        outs = [
+            buffer[: block.nbytes] if target is None else target
+            for buffer, target in zip(results, targets, strict=True)
         ]
-        if holders:
-            raise NonFiniteError(f"tensor {task.name!r} holds NaN or Inf in {', '.join(holders)}")
-        weights = ", ".join(
-            f"{name} {coefficient:g}"
-            for name, (_, coefficient) in zip(self._plan.operand_names, task.operands, strict=True)
+        for pieces in _runs(block.pieces):
+            self._merge_run(pieces, operands, outs)
+        for output, target in enumerate(targets):
+            if target is None:
+                self._sink.write(block, output, outs[output])
+
+    def _read_block(self, block: Block, operands: list[np.ndarray]) -> None:
+        """Every operand's bytes, each at the place in its buffer that they have in the block."""
+        for member, slot in self._slots.items():
+            for tensor, begin, at, nbytes in _ranges(block, member):
+                with self._files.opened(tensor) as file:
+                    read_into(file, tensor, begin, operands[slot][at : at + nbytes].data)
+                    if self._forget:
+                        file.forget(tensor.offset + begin, nbytes)
+                self._count(nbytes)
+
+    def _merge_run(
+        self, pieces: Sequence[Piece], operands: list[np.ndarray], outs: Sequence[np.ndarray]
+    ) -> None:
+        """Sum or copy adjacent pieces that are computed alike."""
+        task, begin = pieces[0].task, pieces[0].at
+        end = pieces[-1].at + pieces[-1].nbytes
+        sources = [operands[self._slots[member]][begin:end] for member in task.members]
+        parts = [out[begin:end] for out in outs]
+        if task.dtype not in FLOATING:
+            for part, weights in zip(parts, task.coefficients, strict=True):
+                np.copyto(part, sources[weights.index(1.0)])
+            return
+        low_rank = None
+        if task.low_rank:
+            first = pieces[0].begin // cpu.numpy_dtype(task.dtype).itemsize
+            low_rank = self._factors.load(task, first, self._count)
+        if not self._sum(task, sources, parts, low_rank):
+            for piece in pieces:
+                part = slice(piece.at - begin, piece.at - begin + piece.nbytes)
+                self._check_finite(piece, [s[part] for s in sources], [p[part] for p in parts])
+        if not task.is_copy and not task.low_rank:
+            for piece in pieces:
+                part = slice(piece.at - begin, piece.at - begin + piece.nbytes)
+                self._keep_equal(piece, [s[part] for s in sources], [p[part] for p in parts])
+
+    def _sum(
+        self,
+        task: TensorTask,
+        sources: Sequence[np.ndarray],
+        outs: Sequence[np.ndarray],
+        low_rank: cpu.LowRank | None = None,
+    ) -> bool:
+        """Whether all of the weighted sums are finite."""
+        sums = self._sums.get(task.coefficients)
+        if sums is None:
+            sums = self._sums[task.coefficients] = cpu.WeightedSums(task.coefficients, len(task.operands))
+        kind = cpu.numpy_dtype(task.dtype)
+        return sums(
+            [source.view(kind) for source in sources],
+            [out.view(kind) for out in outs],
+            task.dtype,
+            low_rank=low_rank,
+            threads=1,
         )
-        raise NonFiniteError(
-            f"tensor {task.name!r}: the weighted sum is beyond the range of {task.dtype}, though all of its "
-            f"inputs are finite; use smaller weights than {weights}"
-        )
 
-    def _elements(self, task: TensorTask, data: np.ndarray) -> np.ndarray:
-        return data.view(cpu.numpy_dtype(task.dtype))
+    def _keep_equal(self, piece: Piece, sources: list[np.ndarray], outs: list[np.ndarray]) -> None:
+        """Tensors whose operands are bitwise equal are copied, since fp32 sums of K equal values may differ from it.
 
-    def _chunks(self, nbytes: int) -> Iterator[tuple[int, int]]:
-        """(begin, nbytes) of consecutive chunks that cover `nbytes`."""
-        for begin in range(0, nbytes, self._chunk_bytes):
-            yield begin, min(self._chunk_bytes, nbytes - begin)
+        Of one piece only this can be said: where its operands are equal and their sum is not, it is copied for now.
+        """
+        for output, (weights, out) in enumerate(zip(piece.task.coefficients, outs, strict=True)):
+            first, *others = [s for s, weight in zip(sources, weights, strict=True) if weight != 0.0]
+            head = first[:HEAD_BYTES].tobytes()
+            equal = all(other[:HEAD_BYTES].tobytes() == head for other in others)
+            if not others:
+                continue
+            if not (equal and cpu.bitwise_equal([first, *others])):
+                self._differing.add((piece.task.name, output))
+            elif not cpu.bitwise_equal([first, out]):
+                np.copyto(out, first)
+                self._copied.append(_Copied(piece, output))
+
+    def settle(self) -> None:
+        """Sum what was copied of tensors that turned out to differ elsewhere."""
+        for copied in self._copied:
+            piece, task = copied.piece, copied.piece.task
+            if (task.name, copied.output) not in self._differing:
+                continue
+            weights = task.coefficients[copied.output]
+            tensor = next(t for t, weight in zip(task.operands, weights, strict=True) if weight != 0.0)
+            source, result = np.empty(piece.nbytes, np.uint8), np.empty(piece.nbytes, np.uint8)
+            with self._files.opened(tensor) as file:
+                read_into(file, tensor, piece.begin, source.data)
+            self._count(piece.nbytes)
+            kind = cpu.numpy_dtype(task.dtype)
+            sums = cpu.WeightedSums([weights], len(weights))
+            if not sums([source.view(kind)] * len(weights), [result.view(kind)], task.dtype, threads=1):
+                self._check_finite(piece, [source] * len(weights), [result])
+            self._sink.rewrite(piece, copied.output, result)
+
+    def _count(self, nbytes: int) -> None:
+        with self._lock:
+            self.bytes_read += nbytes
+
+    def _check_finite(self, piece: Piece, sources: list[np.ndarray], outs: list[np.ndarray]) -> None:
+        kind = cpu.numpy_dtype(piece.task.dtype)
+        if not all(cpu.all_finite(out.view(kind), piece.task.dtype) for out in outs):
+            raise non_finite_error(self._plan, piece.task, sources, outs)
 
 
-def _chunk_bytes(memory_bytes: int, num_buffers: int, largest: int) -> int:
-    """Bytes per buffer: the memory's share, no more than helps, no more than the largest tensor takes."""
-    share = memory_bytes // num_buffers // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT
-    if share == 0:
-        raise ConfigError(
-            f"merging {num_buffers - 1} checkpoints needs at least {num_buffers * CHUNK_ALIGNMENT} bytes of "
-            f"memory for its buffers, but only {memory_bytes} were given"
-        )
-    needed = -(-largest // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
-    return min(share, MAX_CHUNK_BYTES, max(needed, CHUNK_ALIGNMENT))
+def _ranges(block: Block, member: int) -> Iterator[tuple[TensorInfo, int, int, int]]:
+    """(tensor, begin in it, place in the block, bytes) of what to read of a member: neighbours in one go."""
+    current: tuple[TensorInfo, int, int, int] | None = None
+    for piece in block.pieces:
+        if member not in piece.task.members:
+            continue
+        tensor = piece.task.operands[piece.task.members.index(member)]
+        if current is not None:
+            first, begin, at, nbytes = current
+            follows = first.offset + begin + nbytes == tensor.offset + piece.begin
+            if first.path == tensor.path and follows and at + nbytes == piece.at:
+                current = (first, begin, at, nbytes + piece.nbytes)
+                continue
+            yield current
+        current = (tensor, piece.begin, piece.at, piece.nbytes)
+    if current is not None:
+        yield current
+
+
+def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Adjacent pieces that one call can sum: of one type, with the same operands and coefficients."""
+    run: list[Piece] = []
+    for piece in pieces:
+        if run and not _alike(run[-1].task, piece.task):
+            yield run
+            run = []
+        run.append(piece)
+    if run:
+        yield run
+
+
+def _alike(one: TensorTask, other: TensorTask) -> bool:
+    return (
+        one.dtype == other.dtype
+        and one.coefficients is other.coefficients
+        and one.members == other.members
+        and not (one.low_rank or other.low_rank)
+    )
+
+
+def _page_aligned(nbytes: int) -> np.ndarray:
+    """Zeroed uint8 memory (nbytes,) that begins at a page, as direct writes need it."""
+    return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+
+
+def _free_memory_bytes() -> int:
+    """Memory that can be used without swapping, page cache included."""
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

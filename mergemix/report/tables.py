@@ -10,6 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mergemix.units import size_text
+
 MAX_TIES_SHOWN = 8
 
 
@@ -37,7 +39,7 @@ def run_table(summary: Mapping[str, Any]) -> RenderableType:
         cells = [name, _number(value), gap]
         if holdout:
             cells.append(_number(holdout.get("best" if name == "best found" else name)))
-        _row(table, *cells, style="bold" if name == "best found" else None)
+        add_row(table, *cells, style="bold" if name == "best found" else None)
     low, high = best["interval"]
     lines = [
         f"Best mixture: {shares(best['mixture'])}",
@@ -114,20 +116,6 @@ def _costs(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def merge_table(result: Mapping[str, Any]) -> RenderableType:
-    moved = result["bytes_read"] + result["bytes_written"]
-    table = Table(show_header=False, box=None)
-    _row(table, "written", result["out"])
-    if result["given"] != result["mixture"]:
-        _row(table, "weights given", ", ".join(f"{n}={w:g}" for n, w in result["given"].items()))
-    _row(table, "weights used", ", ".join(f"{n}={w:g}" for n, w in result["mixture"].items()))
-    _row(table, "tensors", str(result["tensors"]))
-    _row(table, "read, written", f"{_bytes(result['bytes_read'])}, {_bytes(result['bytes_written'])}")
-    _row(table, "time", f"{result['seconds']:.2f} s ({_bytes(moved / max(result['seconds'], 1e-9))}/s)")
-    _row(table, "peak memory", _bytes(result["peak_rss_bytes"]))
-    return table
-
-
 def items_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     """One line per item and candidate."""
     table = Table()
@@ -137,7 +125,7 @@ def items_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     table.add_column("answer", overflow="fold", max_width=60)
     for row in rows:
         answer = row["text"]
-        _row(
+        add_row(
             table,
             str(row["candidate"]),
             shares(row["mixture"]),
@@ -152,32 +140,35 @@ def items_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
 def doctor_table(found: Mapping[str, Any]) -> RenderableType:
     table = Table(show_header=False, box=None)
     machine = found["machine"]
-    _row(table, "machine", f"{machine['cpu']}, {machine['cores']} cores, {_bytes(machine['memory_bytes'])}")
-    _row(table, "system", f"{machine['system']}, Python {machine['python']}")
-    gpus = [f"{gpu['name']} ({_bytes(gpu['memory_bytes'])}, sm {gpu['capability']})" for gpu in found["gpus"]]
-    _row(table, "GPUs", ", ".join(gpus) or "none")
+    add_row(
+        table, "machine", f"{machine['cpu']}, {machine['cores']} cores, {size_text(machine['memory_bytes'])}"
+    )
+    add_row(table, "system", f"{machine['system']}, Python {machine['python']}")
+    gpus = [
+        f"{gpu['name']} ({size_text(gpu['memory_bytes'])}, sm {gpu['capability']})" for gpu in found["gpus"]
+    ]
+    add_row(table, "GPUs", ", ".join(gpus) or "none")
     for name, engine in found["engines"].items():
         state = f"works ({engine['device']}, {engine['version']})" if engine["works"] else engine["reason"]
-        _row(table, f"engine {name}", state)
-    kernel = found["kernels"]["cpu"]
-    _row(
-        table,
-        "CPU kernel",
-        f"{'exact' if kernel['exact'] else 'NOT EXACT: do not use'}, "
-        f"merges {_bytes(kernel['merge_bytes_per_s'])}/s "
-        f"beside a memory copy of {_bytes(kernel['copy_bytes_per_s'])}/s",
+        add_row(table, f"engine {name}", state)
+    exact = found["kernels"]["cpu"]["exact"]
+    add_row(table, "CPU kernel", "exact" if exact else "NOT EXACT: do not use")
+    speed = {name: f"{size_text(rate)}/s" for name, rate in found["bandwidths"].items()}
+    add_row(
+        table, "CPU bandwidth", f"merges {speed['kernel']} beside a memory copy of {speed['memory_copy']}"
     )
     disk = found["disk"]
-    _row(
+    add_row(
         table,
         "temporary disk",
-        f"writes {_bytes(disk['write_bytes_per_s'])}/s, {_bytes(disk['free_bytes'])} free",
+        f"{disk['directory']}: reads {speed['disk_read']}, writes {speed['disk_write']}, "
+        f"{size_text(disk['free_bytes'])} free",
     )
-    _row(table, "versions", ", ".join(f"{n} {v}" for n, v in found["versions"].items() if v))
+    add_row(table, "versions", ", ".join(f"{n} {v}" for n, v in found["versions"].items() if v))
     return table
 
 
-def _row(table: Table, *cells: str, style: str | None = None) -> None:
+def add_row(table: Table, *cells: str, style: str | None = None) -> None:
     """Cells are text: a name with brackets is no markup."""
     table.add_row(*map(Text, cells), style=style)
 
@@ -185,11 +176,3 @@ def _row(table: Table, *cells: str, style: str | None = None) -> None:
 def _number(value: float | None) -> str:
     """Four digits; what is left of a difference of equal numbers is 0."""
     return "-" if value is None else f"{value if abs(value) > 1e-12 else 0:.4g}"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -10,6 +10,7 @@ from typing import Literal
 
 from mergemix.checkpoints.family import Family
 from mergemix.mixture import Mixture
+from mergemix.serve.coefficients import operands
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class EngineSpec:
 
     kind: "auto" is vllm where it is installed, else hf. max_model_len: tokens of prompt plus answer;
     None takes the model's own limit. log: file that receives the engine's own output; None leaves it on stderr.
+    Raises ConfigError for an expert that is a LoRA adapter.
     """
 
     family: Family
@@ -74,6 +76,9 @@ class EngineSpec:
     tensor_parallel_size: int = 1
     log: Path | None = None
     options: dict[str, object] = field(default_factory=dict)  # passed to vLLM's EngineArgs unchanged
+
+    def __post_init__(self) -> None:
+        operands(self.family)  # refuses, before anything is started, what cannot be served
 
 
 class Engine(ABC):

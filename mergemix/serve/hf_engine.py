@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from mergemix.errors import ConfigError, EngineError, PoisonedEngineError
-from mergemix.merge.plan import MergePlan, TensorTask, plan_merge
-from mergemix.merge.sinks import ParameterSink, Sink
+from mergemix.merge.plan import MergePlan, plan_merge
+from mergemix.merge.sinks import Block, ParameterSink, Piece, Sink, tensor_blocks
 from mergemix.merge.stream import stream
 from mergemix.mixture import Mixture
 from mergemix.serve.dtypes import TORCH_DTYPES
@@ -49,7 +49,7 @@ class HfEngine(Engine):
         self._family = spec.family
         root = spec.family.template.root
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        plan = plan_merge(spec.family, initial)
+        plan = plan_merge(spec.family, [initial])
         self._config, self._model_class = _architecture(root)
         self._tokenizer = load_tokenizer(root)
         self._ends = end_tokens(root, self._tokenizer)
@@ -63,13 +63,13 @@ class HfEngine(Engine):
     def apply(self, mixture: Mixture) -> Swap:
         self._check_usable()
         begin = time.perf_counter()
-        plan = plan_merge(self._family, mixture)
+        plan = plan_merge(self._family, [mixture])
         try:
             if self._live is None:
                 self._model = None  # not three times the weights at once
                 self._load(plan)
             else:
-                stream(plan, _sink(self._live))
+                stream(plan, _sink(plan, self._live))
         except BaseException as error:
             self.poisoned = True
             if not isinstance(error, Exception):
@@ -126,7 +126,7 @@ class HfEngine(Engine):
         from transformers import GenerationConfig
 
         staged = {task.name: torch.empty(task.shape, dtype=TORCH_DTYPES[task.dtype]) for task in plan.tasks}
-        stream(plan, _sink({name: _bytes_of(tensor) for name, tensor in staged.items()}))
+        stream(plan, _sink(plan, {name: _bytes_of(tensor) for name, tensor in staged.items()}))
         with _no_progress_bar(), _translated(self._family.template.root):
             model, info = self._model_class.from_pretrained(
                 None,
@@ -200,24 +200,31 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
-def _sink(memory: Mapping[str, torch.Tensor]) -> Sink:
+def _sink(plan: MergePlan, memory: Mapping[str, torch.Tensor]) -> Sink:
     if all(view.device.type == "cpu" for view in memory.values()):
-        return ParameterSink({name: view.numpy() for name, view in memory.items()})
-    return DeviceSink(memory)
+        return ParameterSink(plan, {name: view.numpy() for name, view in memory.items()})
+    return DeviceSink(plan, memory)
 
 
 class DeviceSink:
-    """Live parameters that numpy cannot write: flat uint8 views on another device, filled chunk by chunk."""
+    """Live parameters that numpy cannot write: flat uint8 views on another device, filled block by block."""
 
-    def __init__(self, memory: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, plan: MergePlan, memory: Mapping[str, torch.Tensor]) -> None:
+        self._plan = plan
         self._memory = memory
 
-    def target(self, task: TensorTask, begin: int, nbytes: int) -> None:
+    def blocks(self, block_bytes: int) -> Iterator[Block]:
+        return tensor_blocks(self._plan, block_bytes)
+
+    def target(self, block: Block, output: int) -> None:
         return None
 
-    def write(self, task: TensorTask, begin: int, data: np.ndarray) -> None:
-        # Not asynchronous: the chunk's buffer is used again as soon as this returns.
-        self._memory[task.name][begin : begin + data.size].copy_(torch.from_numpy(data))
+    def write(self, block: Block, output: int, data: np.ndarray) -> None:
+        self.rewrite(block.pieces[0], output, data)
+
+    def rewrite(self, piece: Piece, output: int, data: np.ndarray) -> None:
+        # Not asynchronous: the block's buffer is used again as soon as this returns.
+        self._memory[piece.task.name][piece.begin : piece.begin + data.size].copy_(torch.from_numpy(data))
 
 
 @contextmanager

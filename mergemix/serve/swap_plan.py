@@ -109,7 +109,7 @@ class SwapPlan:
             if copy.is_direct:
                 by_classes.setdefault(copy.origin.classes, []).append(copy)
         for copies in by_classes.values():
-            grouped = GroupedWeightedSum([(copy.sources, copy.destination) for copy in copies])
+            grouped = GroupedWeightedSum([(copy.sources, [copy.destination]) for copy in copies])
             self._grouped.append((copies[0].origin, copies, grouped))
 
     def bytes_by_storage(self, *, static: bool = False) -> dict[int, int]:
@@ -129,7 +129,7 @@ class SwapPlan:
                 for copy in copies:
                     copy.destination.copy_(copy.sources[used[0]])
             else:
-                grouped(coefficients)
+                grouped([coefficients])
         _write(self._staged, coefficients)
         self.coefficients = list(coefficients)
 
@@ -187,7 +187,7 @@ def _write(copies: Iterable[Copy], coefficients: Sequence[float]) -> None:
 
     def flush() -> None:
         if batch:
-            GroupedWeightedSum([(parts, merged) for parts, merged, _ in batch])(weights)
+            GroupedWeightedSum([(parts, [merged]) for parts, merged, _ in batch])([weights])
         for _, merged, target in batch:
             if merged is not target:
                 target.copy_(merged)

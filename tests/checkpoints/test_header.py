@@ -1,7 +1,9 @@
 """Valid headers are read as the safetensors library wrote them; every attack ends in one CheckpointError."""
 
+import hashlib
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from mergemix.checkpoints import header, strict_json
-from mergemix.checkpoints.header import MAX_TENSORS, read_header
+from mergemix.checkpoints.files import HubFile
+from mergemix.checkpoints.header import MAX_TENSORS, read_header, read_hub_header
 from mergemix.errors import CheckpointError
+from tests.checkpoints.hub_stand_in import COMMIT, StandInHub, connect, serve
 
 
 def write_raw(path: Path, header: bytes, data: bytes = b"", length: int | None = None) -> Path:
@@ -103,23 +107,53 @@ def test_an_attack_is_refused_in_words(tmp_path: Path, attack: str) -> None:
     assert len(message) < 1000
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"", "length"),
-        (b"\1\2\3", "length"),
-        (struct.pack("<Q", 100_000_001) + b"{}", "at most 100000000"),
-        (struct.pack("<Q", 2**64 - 1) + b"{}", "at most 100000000"),
-        (struct.pack("<Q", 3) + b"{}", "truncated"),
-        (b"PK\3\4 a zip file, as torch.save writes it", "at most"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "at most"),
-    ],
-)
+NO_SAFETENSORS = [
+    (b"", "length"),
+    (b"\1\2\3", "length"),
+    (struct.pack("<Q", 100_000_001) + b"{}", "at most 100000000"),
+    (struct.pack("<Q", 2**64 - 1) + b"{}", "at most 100000000"),
+    (struct.pack("<Q", 3) + b"{}", "truncated"),
+    (b"PK\3\4 a zip file, as torch.save writes it", "at most"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "at most"),
+]
+
+
+@pytest.mark.parametrize(("content", "words"), NO_SAFETENSORS)
 def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=words):
         read_header(path)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandInHub]:
+    root = tmp_path_factory.mktemp("hub")
+    hub = StandInHub("org/attacks", root, {"main": COMMIT}, storage=True)
+    with serve(hub), pytest.MonkeyPatch.context() as patch:
+        connect(hub, root / "cache", patch)
+        yield hub
+
+
+def test_a_remote_file_is_refused_in_the_words_for_a_local_one(hub: StandInHub) -> None:
+    raws = [
+        header if isinstance(header, bytes) else json.dumps(header).encode()
+        for header, _, _ in ATTACKS.values()
+    ]
+    sizes = [num_bytes for _, num_bytes, _ in ATTACKS.values()]
+    attacks = [
+        struct.pack("<Q", len(raw)) + raw + b"\0" * size for raw, size in zip(raws, sizes, strict=True)
+    ]
+    path = hub.root / "model.safetensors"
+    for content in (*attacks, *(content for content, _ in NO_SAFETENSORS)):
+        path.write_bytes(content)
+        file = HubFile(hub.repo, COMMIT, path.name, len(content), hashlib.sha256(content).hexdigest())
+        messages = []
+        for place, read in ((path, lambda: read_header(path)), (file.path, lambda: read_hub_header(file))):  # noqa: B023
+            with pytest.raises(CheckpointError) as caught:
+                read()
+            messages.append(str(caught.value).replace(str(place), "the file"))
+        assert messages[0] == messages[1]
 
 
 def test_a_directory_or_nothing_at_the_path_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Not collected by name: Triton decides at import whether it interprets, so test_k
 file in a process of its own, with TRITON_INTERPRET=1.
 """
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -14,63 +15,100 @@ from kernel_samples import DTYPES, any_bits, assert_same_bits, guarded, numbers,
 from triton.runtime.interpreter import InterpretedFunction
 
 from mergemix_kernels import reference, triton_kernels
+from mergemix_kernels.tiles import Tiling
 
-TILE = triton_kernels.TILE_ELEMENTS
-COUNTS = [0, 1, 7, TILE - 1, TILE, TILE + 1, 2 * TILE + 5]
+TILE = 64  # of BF16 and F16; 32 of F32. Parts of 16 and 8.
+SMALL = Tiling(TILE, 4, 3, "small, so that few elements make many tiles and a program has several")
+COUNTS = [0, 1, 7, 15, 17, 31, 32, 33, TILE - 1, TILE, TILE + 1, 5 * TILE + 5]
+ELEMENTS = {torch.bfloat16: tl.uint16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def run(groups: list[list[torch.Tensor]], weights: list[float]) -> list[torch.Tensor]:
-    outs, behinds = zip(*(guarded(sources[0].numel(), sources[0].dtype) for sources in groups), strict=True)
-    triton_kernels.GroupedWeightedSum(list(zip(groups, outs, strict=True)))(weights)
+def run(groups: list[list[torch.Tensor]], weights: list[list[float]], shifts=(0,), tiling=SMALL):
+    """Outs [group][p], each `shift` elements into its storage. What lies behind an out must stay as it is."""
+    outs, behinds = [], []
+    for g, sources in enumerate(groups):
+        shift = shifts[g % len(shifts)]
+        wholes = [guarded(sources[0].numel() + shift, sources[0].dtype) for _ in weights]
+        outs.append([whole[shift:] for whole, _ in wholes])
+        behinds += [behind for _, behind in wholes]
+    triton_kernels.GroupedWeightedSum(list(zip(groups, outs, strict=True)), tiling)(weights)
     assert all((behind == 7).all() for behind in behinds)
-    return list(outs)
+    return outs
+
+
+def assert_equals_the_reference(groups, weights, outs):
+    for sources, of_group in zip(groups, outs, strict=True):
+        for of_output, out in zip(weights, of_group, strict=True):
+            assert_same_bits(out, reference.weighted_sum(sources, of_output))
 
 
 def test_this_process_interprets():
     assert isinstance(triton_kernels.weighted_sum_kernel, InterpretedFunction)
 
 
-@settings(max_examples=45, deadline=None)
-@given(
-    weights=weight_lists(4),
-    shapes=st.lists(
-        st.tuples(st.sampled_from(COUNTS), st.sampled_from(list(DTYPES))),
-        min_size=1,
-        max_size=3,
-    ),
-    make=st.sampled_from([any_bits, numbers]),
-    shift=st.integers(0, 3),
-)
-def test_equals_the_reference(weights, shapes, make, shift):
-    """`shift` elements into their storage, so that addresses are not multiples of 16 bytes."""
+@settings(max_examples=35, deadline=None)
+@given(data=st.data(), outputs=st.integers(1, 4), make=st.sampled_from([any_bits, numbers]))
+def test_one_launch_equals_the_reference(data, outputs, make):
+    """Groups of every dtype, length and alignment at once; each output with zeros of its own."""
+    first = data.draw(weight_lists(5))
+    same_length = weight_lists(5).filter(lambda weights: len(weights) >= len(first))
+    weights = [first, *(data.draw(same_length)[: len(first)] for _ in range(outputs - 1))]
+    weights = [of_output if any(of_output) else first for of_output in weights]
+    group = st.tuples(st.sampled_from(COUNTS), st.sampled_from(list(DTYPES)), st.sampled_from([0, 0, 1, 3]))
+    shapes = data.draw(st.lists(group, min_size=1, max_size=5))
     groups = [
-        [make(DTYPES[dtype], count + shift, 100 * g + k)[shift:] for k in range(len(weights))]
-        for g, (count, dtype) in enumerate(shapes)
+        [make(DTYPES[dtype], count + shift, 100 * g + k)[shift:] for k in range(len(first))]
+        for g, (count, dtype, shift) in enumerate(shapes)
     ]
-    for sources, out in zip(groups, run(groups, weights), strict=True):
-        assert_same_bits(out, reference.weighted_sum(sources, weights))
+    try:
+        triton_kernels.make_terms(weights, len(first))
+    except ValueError:  # an output whose weights all round to zero
+        weights = [first] * outputs
+    outs = run(groups, weights, [shift for _, _, shift in shapes])
+    assert_equals_the_reference(groups, weights, outs)
 
 
+def test_a_source_of_weight_zero_is_absent_from_that_output_only():
+    negative_zeros = torch.full((100,), -0.0, dtype=torch.bfloat16)
+    nans = poisoned(100, dtype=torch.bfloat16)
+    ones = torch.ones(100, dtype=torch.bfloat16)
+    weights = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 2.0], [1.0, 0.0, 1.0]]
+    outs = run([[negative_zeros, nans, ones]], weights)
+    assert_same_bits(outs[0][0], negative_zeros)
+    assert outs[0][1].isnan().all()
+    assert_same_bits(outs[0][2], ones * 2)
+    assert_same_bits(outs[0][3], ones)
+
+
+@pytest.mark.parametrize("outputs", [1, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_64_experts_and_the_base(dtype):
+def test_64_experts_and_the_base(dtype, outputs):
     sources = [numbers(DTYPES[dtype], 1001, seed) for seed in range(65)]
-    weights = torch.rand(65, generator=torch.Generator().manual_seed(0)).tolist()
-    assert torch.equal(run([sources], weights)[0], reference.weighted_sum(sources, weights))
+    weights = torch.rand(outputs, 65, generator=torch.Generator().manual_seed(0)).tolist()
+    assert_equals_the_reference([sources], weights, run([sources], weights, tiling=None))
+
+
+def test_many_more_sources():
+    sources = [numbers(torch.bfloat16, 65, seed) for seed in range(300)]
+    weights = [[1 / 300] * 300, [0.0] * 299 + [1.0]]
+    assert_equals_the_reference([sources], weights, run([sources], weights))
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_one_hot_weights_give_every_bit_pattern_back(dtype):
     patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(DTYPES[dtype])
     sources = [any_bits(DTYPES[dtype], 1 << 16, 1), patterns, any_bits(DTYPES[dtype], 1 << 16, 2)]
-    assert_same_bits(run([sources], [0.0, 1.0, 0.0])[0], patterns)
+    outs = run([sources], [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], tiling=None)
+    assert_same_bits(outs[0][0], patterns)
+    assert_same_bits(outs[0][1], sources[2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounding_ties_overflow_and_underflow(dtype):
     high = any_bits(torch.float32, 1 << 14, 5)
     sources = [(high * scale).to(DTYPES[dtype]) for scale in (1.0, 2**-9, 2**-11)]
-    for weights in ([1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [1.0, -1.0, 1.0], [1.5, 1.5, 0.0], [3e38, 0.0, 0.0]):
-        assert_same_bits(run([sources], weights)[0], reference.weighted_sum(sources, weights))
+    weights = [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [1.0, -1.0, 1.0], [1.5, 1.5, 0.0], [3e38, 0.0, 0.0]]
+    assert_equals_the_reference([sources], weights, run([sources], weights, tiling=None))
 
 
 @triton.jit
@@ -86,35 +124,65 @@ def test_rounding_of_any_float32(dtype):
     values[:4] = torch.tensor([-1, 0x7FFFFFFF, 0x7F800001, 0x7F7FFFFF], dtype=torch.int32).view(torch.float32)
     out = poisoned(1 << 16, dtype=DTYPES[dtype])
     stored = out.view(torch.uint16) if dtype == "BF16" else out
-    _convert[(1,)](values, stored, ELEMENT=triton_kernels.ELEMENT_TYPES[out.dtype], COUNT=1 << 16)
+    _convert[(1,)](values, stored, ELEMENT=ELEMENTS[out.dtype], COUNT=1 << 16)
     assert_same_bits(out, values.to(out.dtype))
+
+
+def unbacked(nbytes: int) -> torch.Tensor:
+    """Bytes of zero that take up memory only where they are written."""
+    return torch.from_numpy(np.zeros(nbytes, np.uint8))
+
+
+def test_elements_beyond_the_reach_of_32_bits():
+    """Only the last two tiles are summed: the group's first tile is given a number below zero."""
+    count = (1 << 31) + TILE + 5
+    source, out = (unbacked(2 * count).view(torch.bfloat16) for _ in range(2))
+    source[-2 * TILE :] = numbers(torch.bfloat16, 2 * TILE, 3)
+    last_tiles = 2
+    begin = (count // TILE + 1 - last_tiles) * TILE
+    row = triton_kernels._row((out, source), -(begin // TILE))
+    triton_kernels.weighted_sum_kernel[(1,)](
+        torch.tensor([row]),
+        len(row),
+        torch.zeros(last_tiles, dtype=torch.int32),
+        last_tiles,
+        triton_kernels.make_terms([[2.0]], 1),
+        1,
+        OUTPUTS=1,
+        SIZE=TILE,
+    )
+    assert torch.equal(out[begin:], source[begin:] * 2)
+    assert out[-1] != 0
+    assert torch.equal(out[: 4 * TILE], torch.zeros(4 * TILE, dtype=torch.bfloat16))
 
 
 def test_a_launch_is_replayed_with_new_weights_and_reads_what_the_sources_hold_then():
     sources = [numbers(torch.bfloat16, TILE + 3, seed) for seed in range(3)]
     out = poisoned(TILE + 3, dtype=torch.bfloat16)
-    grouped = triton_kernels.GroupedWeightedSum([(sources, out)])
+    grouped = triton_kernels.GroupedWeightedSum([(sources, [out])], SMALL)
     for weights in ([0.2, 0.3, 0.5], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]):
-        grouped(weights)
+        grouped([weights])
         assert torch.equal(out, reference.weighted_sum(sources, weights))
     sources[0].mul_(2)
-    grouped([1.0, 0.0, 0.0])
+    grouped([[1.0, 0.0, 0.0]])
     assert torch.equal(out, sources[0])
 
 
 def test_out_may_be_a_source():
     sources = [numbers(torch.float16, 2 * TILE + 1, seed) for seed in range(2)]
     expected = reference.weighted_sum(sources, [0.25, 0.75])
-    triton_kernels.GroupedWeightedSum([(sources, sources[1])])([0.25, 0.75])
+    triton_kernels.GroupedWeightedSum([(sources, [sources[1]])], SMALL)([[0.25, 0.75]])
     assert torch.equal(sources[1], expected)
 
 
 def test_nothing_to_do():
-    triton_kernels.GroupedWeightedSum([([torch.empty(0)], torch.empty(0))])([1.0])
+    triton_kernels.GroupedWeightedSum([([torch.empty(0)], [torch.empty(0)])])([[1.0]])
 
 
-def test_refuses_weights():
-    grouped = triton_kernels.GroupedWeightedSum([([torch.ones(4)] * 2, torch.ones(4))])
+def test_refuses():
+    grouped = triton_kernels.GroupedWeightedSum([([torch.ones(4)] * 2, [torch.ones(4)] * 2)])
     for weights in ([1.0], [0.0, 0.0], [float("inf"), 1.0]):
         with pytest.raises(ValueError, match="weight"):
-            grouped(weights)
+            grouped([[1.0, 1.0], weights])
+    with pytest.raises(ValueError, match="from 1 to 8, but got 9"):
+        triton_kernels.GroupedWeightedSum([([torch.ones(4)], [torch.ones(4)] * 9)])

@@ -8,6 +8,7 @@ from kernel_samples import DTYPES, assert_same_bits, numbers, poisoned, weight_l
 
 from mergemix_kernels import dispatch, reference
 from mergemix_kernels.dispatch import GroupedWeightedSum, weighted_sum
+from mergemix_kernels.weights import MAX_SOURCES
 
 
 @st.composite
@@ -52,12 +53,15 @@ def test_strided_groups_of_several_sizes_share_a_scratch_and_are_replayed(monkey
     for g, (rows, dtype) in enumerate([(2, "BF16"), (9, "F32"), (30, "BF16"), (5, "F32")]):
         sources = [numbers(DTYPES[dtype], rows * 14, 10 * g + k).view(rows, 14)[:, ::2] for k in range(2)]
         sources.append(numbers(DTYPES[dtype], rows * 7, 10 * g + 2).view(rows, 7))  # needs no gathering
-        groups.append((sources, poisoned(7, rows, dtype=DTYPES[dtype]).t()))
+        outs = [poisoned(7, rows, dtype=DTYPES[dtype]).t(), poisoned(rows, 7, dtype=DTYPES[dtype])]
+        groups.append((sources, outs))
     grouped = GroupedWeightedSum(groups)
     for weights in ([0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [2.0, 0.0, -1.0]):
-        grouped(weights)
-        for sources, out in groups:
-            assert torch.equal(out, reference.weighted_sum(sources, weights))
+        both = [weights, weights[::-1]]
+        grouped(both)
+        for sources, outs in groups:
+            for of_output, out in zip(both, outs, strict=True):
+                assert torch.equal(out, reference.weighted_sum(sources, of_output))
         groups[0][0][0].mul_(2)  # read anew by every call
 
 
@@ -89,25 +93,38 @@ def test_groups_are_replayed_with_new_weights():
         count = torch.Size(shape).numel()
         sources = [numbers(DTYPES[dtype], count, 10 * g + k).view(shape) for k in range(3)]
         out = strided_out[::2].t() if g == 4 else poisoned(*shape, dtype=DTYPES[dtype])
-        groups.append((sources, out))
+        groups.append((sources, [out]))
     grouped = GroupedWeightedSum(groups)
     for weights in ([0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [2.0, -1.0, 0.0]):
-        grouped(weights)
-        for sources, out in groups:
+        grouped([weights])
+        for sources, [out] in groups:
             assert torch.equal(out, reference.weighted_sum(sources, weights))
 
 
 def test_no_groups_is_nothing_to_do():
-    GroupedWeightedSum([])([1.0])
+    GroupedWeightedSum([])([[1.0]])
 
 
 def test_refused_weights_write_nothing():
     out = torch.zeros(4)
-    grouped = GroupedWeightedSum([([torch.ones(4), torch.ones(4)], out)])
+    outs = [out, torch.zeros(4)]
+    grouped = GroupedWeightedSum([([torch.ones(4), torch.ones(4)], outs)])
     for weights in ([1.0], [0.0, 0.0], [float("nan"), 1.0]):
         with pytest.raises(ValueError, match="weight"):
-            grouped(weights)
-    assert torch.equal(out, torch.zeros(4))
+            grouped([[1.0, 1.0], weights])
+    with pytest.raises(ValueError, match="for 2 outs, but got 1"):
+        grouped([[1.0, 1.0]])
+    assert torch.equal(torch.stack(outs), torch.zeros(2, 4))
+
+
+def test_several_outs_of_any_strides():
+    sources = [numbers(torch.float16, 60, seed).view(5, 12) for seed in range(3)]
+    storage = poisoned(12, 10, dtype=torch.float16)
+    outs = [poisoned(5, 12, dtype=torch.float16), storage[:, ::2].t()]
+    weights = [[0.5, 0.0, 0.25], [0.0, -1.0, 3.0]]
+    GroupedWeightedSum([(sources, outs)])(weights)
+    for of_output, out in zip(weights, outs, strict=True):
+        assert torch.equal(out, reference.weighted_sum(sources, of_output))
 
 
 @pytest.mark.parametrize(
@@ -118,8 +135,8 @@ def test_refused_weights_write_nothing():
         ([torch.ones(4, device="meta")], torch.ones(4), "same device"),
         ([torch.ones(4, device="meta")], torch.ones(4, device="meta"), "must be on a CPU or a GPU"),
         ([torch.ones(4, dtype=torch.float64)], torch.ones(4, dtype=torch.float64), "dtype must be one of"),
-        ([], torch.ones(4), "from 1 to 65"),
-        ([torch.ones(4)] * 66, torch.ones(4), "from 1 to 65"),
+        ([], torch.ones(4), f"from 1 to {MAX_SOURCES}"),
+        ([torch.ones(4)] * (MAX_SOURCES + 1), torch.ones(4), f"from 1 to {MAX_SOURCES}"),
     ],
 )
 def test_refuses(sources, out, message):
@@ -127,7 +144,19 @@ def test_refuses(sources, out, message):
         weighted_sum(sources, [1.0] * len(sources), out)
 
 
-def test_groups_must_agree_on_the_number_of_sources():
-    one, two = ([torch.ones(4)], torch.ones(4)), ([torch.ones(4)] * 2, torch.ones(4))
+def test_groups_must_agree():
+    one, two = ([torch.ones(4)], [torch.ones(4)]), ([torch.ones(4)] * 2, [torch.ones(4)])
     with pytest.raises(ValueError, match="one number of sources"):
         GroupedWeightedSum([one, two])
+    two_outs = ([torch.ones(4)], [torch.ones(4), torch.ones(4)])
+    with pytest.raises(ValueError, match="one of outs"):
+        GroupedWeightedSum([one, two_outs])
+    with pytest.raises(ValueError, match="at least one out"):
+        GroupedWeightedSum([([torch.ones(4)], [])])
+
+
+def test_of_several_outs_none_may_be_another_or_a_source():
+    source, out = torch.ones(4), torch.ones(4)
+    for outs in ([out, out], [out, source]):
+        with pytest.raises(ValueError, match="none may be another, or a source"):
+            GroupedWeightedSum([([source], outs)])

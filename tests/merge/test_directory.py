@@ -66,7 +66,7 @@ def test_a_file_of_another_name_becomes_one_that_libraries_find(tmp_path: Path) 
     (root / "model.safetensors").rename(root / "weights.safetensors")
     family = open_family(None, {expert.name: expert.source for expert in family.experts})
     merge_to_directory(family, UNIFORM, tmp_path / "merged")
-    assert sorted(os.listdir(tmp_path / "merged")) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "merged")) == ["config.json", "mergemix.json", "model.safetensors"]
 
 
 def test_names_and_metadata_of_any_script_survive(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_what_belongs_to_the_model_is_copied_and_nothing_else(tmp_path: Path) ->
     out = tmp_path / "merged"
     merge_to_directory(family, UNIFORM, out)
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    assert files == {"config.json", "model.safetensors", *kept}
+    assert files == {"config.json", "mergemix.json", "model.safetensors", *kept}
     assert all((out / name).read_text() == name for name in kept)
 
 
@@ -140,7 +140,7 @@ def test_transformers_loads_the_result(tmp_path: Path) -> None:
     family = open_family(None, {name: str(tmp_path / name) for name in NAMES})
     assert len({tensor.path for tensor in family.template.tensors.values()}) > 1
     mixture = Mixture.of(NAMES, {"math": 3, "code": 2, "web": 1})
-    merge_to_directory(family, mixture, tmp_path / "merged", memory_bytes=4096)
+    merge_to_directory(family, mixture, tmp_path / "merged", memory_bytes=4 * 4096)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
     reference = expected(None, states, mixture)
     assert loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
@@ -239,6 +239,10 @@ class TestNothingIsLeftBehind:
     def test_when_closing_fails(self, tmp_path: Path, parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         family, close = tiny_family(tmp_path), os.close
 
+        def interrupt_and_fail(done: int) -> None:
+            monkeypatch.setattr(os, "close", failing)
+            raise KeyboardInterrupt
+
         def failing(descriptor: int) -> None:
             is_output = os.fstat(descriptor).st_ino in {
                 path.stat().st_ino for path in parent.rglob("*.safetensors")
@@ -247,9 +251,8 @@ class TestNothingIsLeftBehind:
             if is_output:
                 raise OSError(errno.EIO, "Input/output error")
 
-        monkeypatch.setattr(os, "close", failing)
         with pytest.raises(KeyboardInterrupt):
-            merge_to_directory(family, UNIFORM, parent / "out", progress=interrupt)
+            merge_to_directory(family, UNIFORM, parent / "out", progress=interrupt_and_fail)
         assert os.listdir(parent) == []
 
     def test_when_the_new_directory_cannot_be_opened(
@@ -282,7 +285,7 @@ family = open_family(None, {name: str(root / name) for name in sys.argv[2:]})
 merge_to_directory(family, Mixture.uniform(family.names), root / "compiled")  # kernels may be kept in files too
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
-    merge_to_directory(family, Mixture.uniform(family.names), root / "outputs" / "out", memory_bytes=4096)
+    merge_to_directory(family, Mixture.uniform(family.names), root / "outputs" / "out")
 except OutputError as error:
     print(error)
 """

