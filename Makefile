@@ -25,8 +25,17 @@ fix: setup
 type: setup
 	$(BIN)/mypy
 
+# MERGEKIT: the command mergekit-yaml of an environment of its own. DISK_BENCH: --quick where disk or time is short.
+MERGEKIT ?=
+DISK_BENCH ?=
+RESULTS := benchmarks/results
+
 bench: setup
-	$(BIN)/python -m benchmarks.bench_kernel --out benchmarks/results/bench_kernel-cpu.json
+	$(BIN)/python -m benchmarks.bench_kernel --out $(RESULTS)/bench_kernel-cpu.json
+	$(BIN)/python -m benchmarks.bench_merge_disk $(DISK_BENCH) $(if $(MERGEKIT),--mergekit $(MERGEKIT)) \
+		--out $(RESULTS)/bench_merge_disk.json
+	$(BIN)/python -m benchmarks.bench_memory $(DISK_BENCH) --out $(RESULTS)/bench_memory.json
+	$(BIN)/python -m benchmarks.bench_lora $(DISK_BENCH) --out $(RESULTS)/bench_lora.json
 
 bench-gpu: setup
 	$(BIN)/python -m benchmarks.bench_kernel --device cuda --out benchmarks/results/bench_kernel-gpu.json

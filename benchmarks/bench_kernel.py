@@ -1,9 +1,14 @@
-"""How fast the weighted sum is, against what the memory allows and against what others do.
+"""How fast the weighted sums are, against what the memory allows and against what others do.
 
-    python -m benchmarks.bench_kernel [--device cpu|cuda] [--sources 2,5,8] [--elements 65536,16777216] [--out FILE]
+    python -m benchmarks.bench_kernel [--device cpu|cuda] [--sources 2,4,8,16] [--outputs 1,8]
+                                      [--elements 65536,16777216] [--dtypes BF16,F32] [--out FILE]
+    python -m benchmarks.bench_kernel --device cuda --tune [--out FILE]
+    python -m benchmarks.bench_kernel --device cuda --ahead-of-time [--out FILE]
 
-Prints the roofline (the best large memory copy), a table, and one JSON line. Shares of it above 1 are
-arrays that fit in a cache. No figure is given for a kernel that is not bit-equal to the reference.
+Prints the roofline (a large memory copy), a table, and one JSON line. On a GPU also a whole Llama 3 8B in one
+launch, and operands streamed from pinned memory. Shares of the roofline above 1 are arrays that fit in a cache.
+No figure is given for a kernel that is not bit-equal to the reference. --tune tries every tiling and names the
+best; --ahead-of-time needs no GPU, measures nothing, and says what the machine code shows.
 """
 
 import argparse
@@ -18,111 +23,22 @@ from typing import Any
 import torch
 
 from benchmarks.common import Timing, conditions, format_table, memory_copy, time_side_by_side, write_results
-from mergemix_kernels import reference
-from mergemix_kernels.dispatch import DTYPE_NAMES, GroupedWeightedSum
-from mergemix_kernels.weights import MAX_SOURCES, active_weights
+from benchmarks.kernel_cases import (
+    DTYPES,
+    correctness_gate,
+    poisoned_like,
+    providers,
+    random_sources,
+    uneven_weights,
+)
 
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-WORDS = {2: torch.int16, 4: torch.int32}  # by bytes: what bit patterns are compared as
-CHUNK_ELEMENTS = 1 << 20
 LARGE_COPY_BYTES = 1 << 29
-COLUMNS = ["device", "provider", "dtype", "sources", "elements", "median_ms", "p20_ms", "p80_ms"]
+COLUMNS = ["kernel", "provider", "dtype", "sources", "outputs", "elements", "median_ms", "p20_ms", "p80_ms"]
 COLUMNS += ["gb_per_s", "share_of_roofline"]
 COPY = "memory_copy"
+PACKAGES = ["mergemix", "numpy", "numba", "torch", "triton"]
 
-Provider = Callable[[Sequence[torch.Tensor], Sequence[float], torch.Tensor], Callable[[], None]]
-
-
-def stack_and_sum(
-    sources: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor
-) -> Callable[[], None]:
-    """The incumbent's way: all sources stacked, weights and products in the sources' dtype. Not exact."""
-
-    def call() -> None:
-        stacked = torch.stack(list(sources))
-        factors = torch.tensor(weights, dtype=out.dtype, device=out.device)
-        out.copy_((stacked * factors.view(-1, *[1] * out.dim())).sum(0))
-
-    return call
-
-
-def torch_chunked(
-    sources: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor
-) -> Callable[[], None]:
-    """The best that eager torch does: chunks small enough for the cache, accumulated in fp32 scratch."""
-    total, product = (torch.empty(CHUNK_ELEMENTS, dtype=torch.float32, device=out.device) for _ in range(2))
-    active, values = active_weights(weights, len(sources))
-    (first, first_weight), *others = zip([sources[k] for k in active], values.tolist(), strict=True)
-
-    def call() -> None:
-        for begin in range(0, out.numel(), CHUNK_ELEMENTS):
-            part = slice(begin, min(begin + CHUNK_ELEMENTS, out.numel()))
-            count = part.stop - begin
-            total[:count].copy_(first[part]).mul_(first_weight)
-            for source, weight in others:
-                total[:count].add_(product[:count].copy_(source[part]).mul_(weight))
-            out[part] = total[:count]
-
-    return call
-
-
-def ours(sources: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor) -> Callable[[], None]:
-    grouped = GroupedWeightedSum([(sources, out)])
-    return lambda: grouped(weights)
-
-
-def providers(device: str) -> dict[str, Provider]:
-    """By name; ours is "numba" on a CPU and "triton" on a GPU."""
-    others: dict[str, Provider] = {"stack_and_sum": stack_and_sum, "torch_chunked": torch_chunked}
-    return others | {"numba" if device == "cpu" else "triton": ours}
-
-
-def random_sources(count: int, elements: int, dtype: str, device: str) -> list[torch.Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-    return [torch.randn(elements, generator=generator, device=device).to(DTYPES[dtype]) for _ in range(count)]
-
-
-def awkward_sources(count: int, elements: int, dtype: str, device: str) -> list[torch.Tensor]:
-    """Uniform bit patterns of finite numbers, huge ones among them, after an eighth of -0.0 and one of subnormals."""
-    generator = torch.Generator().manual_seed(0)
-    word = WORDS[DTYPES[dtype].itemsize]
-    least_normal = torch.tensor(torch.finfo(DTYPES[dtype]).tiny, dtype=DTYPES[dtype]).view(word)
-    eighth = -(-elements // 8)
-    sources = []
-    for _ in range(count):
-        info = torch.iinfo(word)
-        bits = torch.randint(info.min, info.max + 1, (elements,), generator=generator, dtype=word)
-        bits[eighth : 2 * eighth] %= least_normal
-        values = bits.view(DTYPES[dtype])
-        values[:eighth] = -0.0
-        sources.append(torch.where(values.isfinite(), values, -0.0).to(device))
-    return sources
-
-
-def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    word = WORDS[left.itemsize]
-    return torch.equal(left.view(word), right.view(word))
-
-
-def uneven_weights(count: int) -> list[float]:
-    return [2 * (k + 1) / (count * (count + 1)) for k in range(count)]
-
-
-def correctness_gate(device: str) -> list[str]:
-    """What is not bit-equal to the reference on this device, among those that promise to be."""
-    failures = []
-    for dtype in DTYPES:
-        for count, elements in ((1, 1), (2, 4097), (3, 100_003), (5, CHUNK_ELEMENTS + 1), (MAX_SOURCES, 999)):
-            for make in (random_sources, awkward_sources):
-                sources = make(count, elements, dtype, device)
-                for weights in (uneven_weights(count), [1.0] + [0.0] * (count - 1)):
-                    expected = reference.weighted_sum(sources, weights)
-                    for name in providers(device).keys() - {"stack_and_sum"}:
-                        out = torch.full_like(expected, float("nan"))
-                        providers(device)[name](sources, weights, out)()
-                        if not same_bits(out, expected):
-                            failures.append(f"{name} on {device}, {dtype}, {count} sources of {elements}")
-    return failures
+Case = tuple[str, int, int, int]  # dtype, K, P, elements
 
 
 def synchronize(device: str) -> None:
@@ -142,38 +58,41 @@ def device_copy(device: str, nbytes_moved: int) -> Iterator[Callable[[], object]
         yield lambda: target.copy_(source)
 
 
-def as_row(device: str, provider: str, case: tuple[str, int, int], timing: Timing) -> dict[str, Any]:
-    """One long-form row, without its share of the roofline, which is known at the end."""
-    dtype, sources, elements = case
-    nbytes_moved = (sources + 1) * elements * DTYPES[dtype].itemsize
+def roofline_gb_per_s(device: str, repeats: int) -> float:
+    """The median of a copy too large for any cache."""
+    with device_copy(device, LARGE_COPY_BYTES) as copy:
+        wait = partial(synchronize, device)
+        timing = time_side_by_side({COPY: copy}, repeats=repeats, synchronize=wait)[COPY]
+    return LARGE_COPY_BYTES / timing.median_s / 1e9
+
+
+def as_row(
+    device: str, provider: str, case: Case, timing: Timing, roofline: float, copy: Timing
+) -> dict[str, Any]:
+    """One long-form row. copy: of as many bytes as the kernel has to move, timed in turn with it."""
+    dtype, sources, outputs, elements = case
+    nbytes_moved = (sources + outputs) * elements * DTYPES[dtype].itemsize
     row: dict[str, Any] = {"kernel": "weighted_sum", "device": device, "provider": provider, "dtype": dtype}
-    row |= {"sources": sources, "elements": elements, "bytes_moved": nbytes_moved}
+    row |= {"sources": sources, "outputs": outputs, "elements": elements, "bytes_moved": nbytes_moved}
     for quantile in ("median", "p20", "p80"):
         row[f"{quantile}_ms"] = 1e3 * getattr(timing, f"{quantile}_s")
     row["gb_per_s"] = nbytes_moved / timing.median_s / 1e9
-    return row
+    row["share_of_roofline"] = row["gb_per_s"] / roofline
+    return row | {"share_of_copy": copy.median_s / timing.median_s}
 
 
-def measure(device: str, case: tuple[str, int, int], repeats: int) -> list[dict[str, Any]]:
+def measure(device: str, case: Case, roofline: float, repeats: int) -> list[dict[str, Any]]:
     """All providers and a copy of as many bytes, timed in turn on the same sources."""
-    dtype, count, elements = case
+    dtype, count, outputs, elements = case
     sources = random_sources(count, elements, dtype, device)
-    out = torch.full_like(sources[0], float("nan"))
-    nbytes_moved = (count + 1) * elements * out.element_size()
-    others = {name: make(sources, uneven_weights(count), out) for name, make in providers(device).items()}
-    with device_copy(device, nbytes_moved) as copy:
-        calls = {COPY: copy, **others}
+    outs, weights = poisoned_like(sources[0], outputs), uneven_weights(count, outputs)
+    with device_copy(device, (count + outputs) * elements * DTYPES[dtype].itemsize) as copy:
+        calls = {
+            COPY: copy,
+            **{name: make(sources, weights, outs) for name, make in providers(device, outputs).items()},
+        }
         timings = time_side_by_side(calls, repeats=repeats, synchronize=partial(synchronize, device))
-    return [as_row(device, name, case, timing) for name, timing in timings.items()]
-
-
-def roofline_gb_per_s(device: str, rows: Sequence[dict[str, Any]], repeats: int) -> float:
-    """The best median of a copy too large for any cache: one of LARGE_COPY_BYTES, and those among `rows`."""
-    with device_copy(device, LARGE_COPY_BYTES) as copy:
-        calls = {COPY: copy}
-        timing = time_side_by_side(calls, repeats=repeats, synchronize=partial(synchronize, device))[COPY]
-    large = [row for row in rows if row["provider"] == COPY and row["bytes_moved"] >= LARGE_COPY_BYTES // 4]
-    return max([LARGE_COPY_BYTES / timing.median_s / 1e9, *(row["gb_per_s"] for row in large)])
+    return [as_row(device, name, case, timing, roofline, timings[COPY]) for name, timing in timings.items()]
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -182,45 +101,109 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--sources", type=numbers, default=[2, 5, 8], help="numbers of sources K")
+    parser.add_argument("--sources", type=numbers, default=[2, 4, 8, 16], help="numbers of sources K")
+    parser.add_argument("--outputs", type=numbers, default=[1, 8], help="numbers of outputs P")
     parser.add_argument("--elements", type=numbers, default=[1 << 16, 1 << 20, 1 << 24])
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["BF16"])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", type=Path, help="write all rows and their conditions to this JSON file")
-    return parser.parse_args(arguments)
+    parser.add_argument("--tune", action="store_true", help="try every tiling of a whole model on this GPU")
+    parser.add_argument(
+        "--ahead-of-time", action="store_true", help="what the machine code shows; needs no GPU"
+    )
+    options = parser.parse_args(arguments)
+    if options.device == "cpu" and (options.tune or options.ahead_of_time):
+        parser.error("--tune and --ahead-of-time are for --device cuda")
+    return options
+
+
+def ahead_of_time(options: argparse.Namespace) -> int:
+    """Write down that nothing was measured, and what can be known all the same."""
+    from benchmarks.kernel_gpu import ahead_of_time_rows
+
+    reason = "no GPU at hand: `--device cuda` measures on one; these are facts of the machine code"
+    rows = ahead_of_time_rows()
+    print(format_table(rows, list(rows[0])))
+    if options.out:
+        write_results(options.out, rows, conditions(PACKAGES) | {"measured": False, "reason": reason})
+    print(json.dumps({"bench": "kernel", "device": "cuda", "measured": False, "reason": reason}))
+    return 0
+
+
+def measure_all(options: argparse.Namespace, roofline: float) -> list[dict[str, Any]]:
+    if options.tune:
+        from benchmarks import kernel_gpu
+
+        rows = []
+        for dtype in options.dtypes:
+            rows += kernel_gpu.tune(dtype, options.sources, options.outputs, roofline, options.repeats)
+        return rows
+    cases = [
+        (dtype, k, p, n)
+        for dtype in options.dtypes
+        for p in options.outputs
+        for k in options.sources
+        for n in options.elements
+    ]
+    rows = [row for case in cases for row in measure(options.device, case, roofline, options.repeats)]
+    if options.device == "cuda":
+        from benchmarks import kernel_gpu
+
+        for dtype in options.dtypes:
+            for p in options.outputs:
+                for k in options.sources:
+                    rows += kernel_gpu.measure_model(dtype, k, p, [None], roofline, options.repeats)
+            rows += kernel_gpu.measure_streamed(dtype, options.repeats)
+    return rows
+
+
+def summary(options: argparse.Namespace, rows: Sequence[dict[str, Any]], roofline: float) -> dict[str, Any]:
+    """The last line: of every K and P the largest case of ours, and what a tuning found best."""
+    line: dict[str, Any] = {"bench": "kernel", "device": options.device, "roofline_gb_per_s": roofline}
+    if options.tune:
+        best = {row["outputs"]: row["tiling"] for row in reversed(rows)}
+        return line | {"best_tiling": best}
+    ours = [row for row in rows if row["provider"] in ("numba", "triton", "streamed", "streamed_and_back")]
+    largest = {
+        (row["kernel"], row["provider"], row["dtype"], row["sources"], row["outputs"]): row for row in ours
+    }
+    columns = (
+        "kernel",
+        "provider",
+        "dtype",
+        "sources",
+        "outputs",
+        "elements",
+        "gb_per_s",
+        "share_of_roofline",
+    )
+    return line | {"largest": [{name: row[name] for name in columns} for row in largest.values()]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    if options.ahead_of_time:
+        return ahead_of_time(options)
     device = options.device
     if device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda needs an NVIDIA GPU that torch can use; torch sees none", file=sys.stderr)
+        need = "--device cuda needs an NVIDIA GPU that torch can use, and torch sees none"
+        print(f"{need}; --ahead-of-time says what can be known without", file=sys.stderr)
         return 1
-    taken_under = conditions(
-        ["mergemix", "numpy", "numba", "torch", "triton"],
-        gpu=torch.cuda.get_device_name() if device == "cuda" else None,
-    )
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    taken_under = conditions(PACKAGES, gpu=gpu)
     print(json.dumps(taken_under))
+    roofline = roofline_gb_per_s(device, options.repeats)
+    print(f"roofline {device}: memory copy, read + written, {roofline:.1f} GB/s", flush=True)
     if failures := correctness_gate(device):
         print("not bit-equal to the reference, so nothing was timed:", *failures, sep="\n  ", file=sys.stderr)
         return 1
-    cases = [(d, k, n) for d in options.dtypes for k in options.sources for n in options.elements]
-    rows = [row for case in cases for row in measure(device, case, options.repeats)]
-    roofline = roofline_gb_per_s(device, rows, options.repeats)
-    for row in rows:
-        row["share_of_roofline"] = row["gb_per_s"] / roofline
-    print(f"roofline {device}: memory copy, read + written, {roofline:.1f} GB/s")
+    rows = measure_all(options, roofline)
     print(format_table(rows, COLUMNS))
     if options.out:
-        write_results(options.out, rows, taken_under | {"roofline_gb_per_s": {device: roofline}})
-    largest = max(cases, key=lambda case: (case[2], case[1]))
-    headline = [row for row in rows if (row["dtype"], row["sources"], row["elements"]) == largest]
-    summary = {row["provider"]: [row["gb_per_s"], row["share_of_roofline"]] for row in headline}
-    print(
-        json.dumps(
-            {"bench": "kernel", "case": largest, "roofline_gb_per_s": roofline, "largest_case": summary}
+        write_results(
+            options.out, rows, taken_under | {"measured": True, "roofline_gb_per_s": {device: roofline}}
         )
-    )
+    print(json.dumps(summary(options, rows, roofline)))
     return 0
 
 

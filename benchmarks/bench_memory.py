@@ -79,7 +79,12 @@ def measure(bench: Bench, case: tuple[str, int, str], started: int, repeats: int
     """One row. median_mb, p20_mb, p80_mb: the peak above the started process."""
     shape, count, memory = case
     runs = [bench.run(shape, count, memory) for _ in range(repeats)]
-    row: dict[str, Any] = {"shape": shape, "model_mb": SHAPES[shape].nbytes / 1e6, "experts": count}
+    row: dict[str, Any] = {
+        "case": "peak",
+        "shape": shape,
+        "model_mb": SHAPES[shape].nbytes / 1e6,
+        "experts": count,
+    }
     row |= {"memory": memory, "repeats": repeats, "started_mb": started / 1e6}
     above = [(run.peak_rss_bytes - started) / 1e6 for run in runs]
     row |= zip(("median_mb", "p20_mb", "p80_mb"), np.quantile(above, [0.5, 0.2, 0.8]).tolist(), strict=True)
@@ -140,8 +145,8 @@ def run(options: argparse.Namespace, scratch: Path) -> Rows:
     bench = Bench(scratch)
     first, fewest = options.sizes[0], options.experts[0]
     for memory in options.memory:
-        bench.run(STARTED_SHAPE, max(options.experts), memory, check=True)
-        bench.run(first, fewest, memory, check=True)
+        for shape, count in {(STARTED_SHAPE, max(options.experts)), (first, fewest)}:
+            bench.run(shape, count, memory, check=True)
     cases = [(shape, fewest, memory) for memory in options.memory for shape in options.sizes]
     cases += [(first, count, memory) for memory in options.memory for count in options.experts[1:]]
     started = {memory: started_bytes(bench, memory) for memory in options.memory}
@@ -167,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if options.out:
         write_results(options.out, rows, taken_under)
-    shown = {row["what"]: [row["measured"], row["met"]] for row in rows if row.get("case") == "verdict"}
+    shown = {row["what"]: [row["measured"], row["met"]] for row in rows if row["case"] == "verdict"}
     print(json.dumps({"bench": "memory", "shown": shown}))
     return 0
 

@@ -117,3 +117,13 @@ def verdict_lines(verdicts: Sequence[Mapping[str, Any]]) -> str:
         f"{'-' if row['measured'] is None else format(row['measured'], '.3g')} (bar {row['bar']})"
         for row in verdicts
     )
+
+
+def roofline_lines(rows: Rows) -> str:
+    lines = []
+    for row in rows:
+        threads = f", {row['threads']} threads" if "threads" in row else ""
+        figures = [(key, row[key]) for key in ("gb_per_s", "gflop_per_s") if key in row]
+        units = {"gb_per_s": "GB/s", "gflop_per_s": "GFLOP/s"}
+        lines += [f"roofline: {row['provider']}{threads}: {value:.2f} {units[key]}" for key, value in figures]
+    return "\n".join(lines)

@@ -41,7 +41,7 @@ def scratch_directory(parent: Path | None, needed_bytes: int) -> Iterator[Path]:
 
 
 def storage_conditions(directory: Path) -> dict[str, Any]:
-    """The memory, and the file system that holds `directory`."""
+    """The memory, and the file system that holds `directory`; what is unknown is absent."""
     found: dict[str, Any] = {"memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
     mounts = Path("/proc/mounts").read_text().splitlines()
     holders = [line.split() for line in mounts if directory.resolve().is_relative_to(line.split()[1])]

@@ -18,13 +18,20 @@ from rich.console import Console
 from mergemix import __version__
 from mergemix.config import ENGINES, NORMALIZATIONS, SEARCHES, RunConfig, load_config_file
 from mergemix.errors import MergeMixError
-from mergemix.options import NamedValues, Numbers, Size, collect
+from mergemix.options import (
+    NUMBERS,
+    Numbers,
+    collect,
+    experts_option,
+    memory_option,
+    merging_options,
+    no_download_option,
+    out_option,
+)
 
 if TYPE_CHECKING:
     from mergemix.merge.request import MergeRequest
 
-PATHS = NamedValues(str)
-NUMBERS = NamedValues(float)
 PLAIN_WIDTH = 120  # columns of a table that goes to a file or a pipe
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 3
 
@@ -68,23 +75,6 @@ def resumable(study: Path) -> Iterator[None]:
         raise Interrupted(
             f"Interrupted. Every finished candidate is stored in {study}; the same command again resumes there."
         ) from None
-
-
-experts_option = click.option(
-    "--experts",
-    type=PATHS,
-    multiple=True,
-    help="NAME=PATH of an expert: a local directory or a Hub id. Repeat.",
-)
-out_option = click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="New directory for the checkpoint."
-)
-memory_option = click.option(
-    "--memory", type=Size(), default="256MiB", show_default=True, help="Bound on the merge's buffers."
-)
-no_download_option = click.option(
-    "--no-download", is_flag=True, help="Read what is needed of a Hub id from the Hub, without a local copy."
-)
 
 
 @cli.command()
@@ -136,28 +126,6 @@ def run_config(config: Path | None, options: dict[str, Any]) -> RunConfig:
     return RunConfig(**given)
 
 
-def merging_options(command: Command) -> Command:
-    """What merge and plan are told; the command gets it as `options`, for `merge_request`."""
-    for option in (
-        no_download_option,
-        click.option(
-            "--no-normalize", is_flag=True, help="Use the weights as they are; the base takes the rest."
-        ),
-        memory_option,
-        click.option("--base", help="The shared base; needed when the weights do not sum to 1."),
-        out_option,
-        click.option(
-            "--mixtures",
-            type=click.Path(path_type=Path),
-            help="JSON Lines file of mixtures; each becomes DIR/<its name>, all from one read of the experts.",
-        ),
-        click.option("--weights", type=NUMBERS, multiple=True, help="NAME=W,...; experts left out get 0."),
-        experts_option,
-    ):
-        command = option(command)
-    return command
-
-
 def merge_request(
     *,
     experts: Iterable[list[tuple[str, str]]],
@@ -190,22 +158,13 @@ def merge_request(
 
 def carry_out(request: MergeRequest, console: Console) -> dict[str, Any]:
     """Do the merge under a progress bar; returns what it moved and took, for programs."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
     from mergemix.merge.estimate import check_fits
     from mergemix.merge.resources import peak_memory
+    from mergemix.report.progress import merge_progress
 
     check_fits(request)
-    with Progress(
-        TextColumn("merging"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        console=console,
-        transient=True,
-    ) as progress:
-        task = progress.add_task("merge", total=request.plan.bytes_written)
-        stats = request.run(lambda done: progress.advance(task, done))
+    with merge_progress(console, request.plan.bytes_written) as advance:
+        stats = request.run(advance)
     return {
         "tensors": stats.tensors,
         "bytes_read": stats.bytes_read,
@@ -220,8 +179,10 @@ def carry_out(request: MergeRequest, console: Console) -> dict[str, Any]:
 @common
 def merge(*, console: Console, **options: Any) -> tuple[dict[str, Any], Any]:
     """Write base + sum of a_k (expert_k - base) as a checkpoint; or many of them, one per mixture of a file."""
+    from mergemix.checkpoints.writer import check_output
     from mergemix.report.merge_tables import merge_table
 
+    check_output(options["out"])  # before anything is downloaded
     request = merge_request(**options)
     result = {**request.as_dict(), **carry_out(request, console)}
     return result, merge_table(result)
@@ -271,10 +232,12 @@ def average(
     if (top is None) != (scores is None) or (minimize and top is None):
         raise click.UsageError("'--top' and '--scores' need each other, and '--minimize' needs both.")
 
+    from mergemix.checkpoints.writer import check_output
     from mergemix.merge.average import select
     from mergemix.merge.request import average_request
     from mergemix.report.merge_tables import average_table
 
+    check_output(out)  # before anything is downloaded
     chosen = select(checkpoints, weights=weights, top=top, scores=scores, minimize=minimize)
     request = average_request(chosen, out=out, memory_bytes=memory, download=not no_download)
     result = {"out": str(out), **chosen.as_dict(), **carry_out(request, console)}

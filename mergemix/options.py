@@ -1,9 +1,10 @@
-"""Types of command-line values: NAME=VALUE lists, numbers and byte sizes."""
+"""Types of command-line values (NAME=VALUE lists, numbers, byte sizes), and options that commands share."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -82,3 +83,45 @@ def collect(option: str, given: Iterable[Iterable[tuple[str, Value]]]) -> dict[s
             raise click.UsageError(f"{option} names {name!r} twice: {values[name]!r} and {value!r}")
         values[name] = value
     return values
+
+
+PATHS = NamedValues(str)
+NUMBERS = NamedValues(float)
+
+experts_option = click.option(
+    "--experts",
+    type=PATHS,
+    multiple=True,
+    help="NAME=PATH of an expert: a local directory or a Hub id. Repeat.",
+)
+out_option = click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="New directory for the checkpoint."
+)
+memory_option = click.option(
+    "--memory", type=Size(), default="256MiB", show_default=True, help="Bound on the merge's buffers."
+)
+no_download_option = click.option(
+    "--no-download", is_flag=True, help="Read what is needed of a Hub id from the Hub, without a local copy."
+)
+
+
+def merging_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What merge and plan are told; as `merge_request` of the command line takes it."""
+    for option in (
+        no_download_option,
+        click.option(
+            "--no-normalize", is_flag=True, help="Use the weights as they are; the base takes the rest."
+        ),
+        memory_option,
+        click.option("--base", help="The shared base; needed when the weights do not sum to 1."),
+        out_option,
+        click.option(
+            "--mixtures",
+            type=click.Path(path_type=Path),
+            help="JSON Lines file of mixtures; each becomes DIR/<its name>, all from one read of the experts.",
+        ),
+        click.option("--weights", type=NUMBERS, multiple=True, help="NAME=W,...; experts left out get 0."),
+        experts_option,
+    ):
+        command = option(command)
+    return command

@@ -19,7 +19,7 @@ LAYERS = [
     {"merge"},
     {"checkpoints"},
     {"config", "options", "mixture"},
-    {"errors"},
+    {"errors", "units"},
 ]
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 PRODUCT = sorted((ROOT / "mergemix").rglob("*.py"))

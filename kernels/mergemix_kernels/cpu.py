@@ -90,10 +90,6 @@ def _check_array(array: np.ndarray, count: int, expected: np.dtype, name: str) -
         )
 
 
-def _address(array: np.ndarray) -> int:
-    return array.__array_interface__["data"][0]
-
-
 def _read_only(array: np.ndarray) -> np.ndarray:
     """A view that numba always sees as one type, whether the memory may be written or not."""
     view = array.view()
@@ -182,8 +178,8 @@ class WeightedSums:
         count = outs[0].size
         if count == 0:
             return True
-        addresses = np.array([_address(source) for source in sources], np.int64)[self._order]
-        targets = np.array([_address(out) for out in outs], np.int64)
+        addresses = np.array([cpu_loops.address_of(source) for source in sources], np.int64)[self._order]
+        targets = np.array([cpu_loops.address_of(out) for out in outs], np.int64)
         shared = (_LIKE[dtype], outs[0].itemsize, addresses, self._weights, self._starts, targets)
         if low_rank is None:
             past_cache = len(outs) * outs[0].nbytes >= PAST_CACHE_BYTES
@@ -212,7 +208,7 @@ class WeightedSums:
         for k, source in enumerate(sources):
             _check_array(source, outs[0].size, expected, f"source {k}")
         if outputs > 1 and outs[0].size > 0:
-            held = [_address(array) for array in (*outs, *sources)]
+            held = [cpu_loops.address_of(array) for array in (*outs, *sources)]
             if len(set(held)) < outputs + len(set(held[outputs:])):
                 raise ValueError("of several outs none may be another, or a source")
 

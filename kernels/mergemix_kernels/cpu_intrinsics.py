@@ -97,72 +97,94 @@ class _Lanes:
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, reduce, name), [value])
 
 
-def _scaled(address: Any, index: Any, nbytes: int, builder: Any) -> Any:
-    """address + index * nbytes."""
-    return builder.add(address, builder.mul(index, ir.Constant(index.type, nbytes)))
+def _load(builder: Any, element: ir.Type, address: Any, index: Any) -> Any:
+    """Element `index` of the table at `address`."""
+    return builder.load(builder.gep(builder.inttoptr(address, element.as_pointer()), [index]))
 
 
-def _weighted_sums(lanes: int, *, with_addend: bool = False, streaming: bool = False) -> Callable:
+def _prefetch(builder: Any, address: Any) -> None:
+    pointer = builder.inttoptr(address, _BYTE.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, _WORD, _WORD, _WORD])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    for_reading, into_all_caches, of_data = (ir.Constant(_WORD, value) for value in (0, 3, 1))
+    builder.call(prefetch, [pointer, for_reading, into_all_caches, of_data])
+
+
+def _weighted_sums(lanes: int, *, past_cache: bool = False) -> Callable:
     """An intrinsic that sums `groups` times `lanes` neighbouring elements of some sources.
 
-    (like, sources, weights, terms, offset, groups, out, addend) -> the largest magnitude written, as bits.
-    `sources` is the address of `terms` >= 1 addresses, each of which is taken `offset` bytes further on;
-    `weights` that of as many float32. out = sum + addend, rounded. Every product and sum is rounded to
-    float32 on its own. `addend` is the address of float32s (without `with_addend`: ignored).
+    (like, sources, weights, terms, offset, ahead, groups, totals, addend, out) -> largest magnitude written,
+    as bits. `sources` is the address of `terms` >= 1 addresses, each taken `offset` bytes further on, and
+    `weights` that of as many float32; lines are fetched `ahead` bytes before they are needed. Each product
+    and sum is rounded to float32 on its own; the first product starts the sum, or float32 `totals` where that is
+    an address. float32 `addend`, where it is one, is added last. What results is rounded and stored at `out`;
+    without `out` it replaces `totals`.
 
-    `streaming` stores past the caches: `out` must then be a multiple of 64, and `stores_done` must follow.
+    `past_cache` stores past the caches: `out` must then be a multiple of 64, and `stores_done` must follow.
     """
 
-    def codegen(like, builder, arguments):
-        sources, weights, terms, offset, groups, out, addend = arguments
-        lane = _Lanes(builder, lanes)
+    def generate(context, builder, signature, arguments):
+        like, lane = signature.args[0], _Lanes(builder, lanes)
+        sources, weights, terms, offset, ahead, groups, totals, addend, out = arguments[1:]
         index_type, item_bytes = terms.type, like.bitwidth // 8
+        none, one = ir.Constant(index_type, 0), ir.Constant(index_type, 1)
         width = _WORD if like == types.float32 else _SHORT
-        magnitudes = lane.constant(width, (1 << (width.width - 1)) - 1)
+        magnitude_bits = lane.constant(width, (1 << (width.width - 1)) - 1)
         largest = cgutils.alloca_once_value(builder, lane.constant(width, 0))
         total = cgutils.alloca_once(builder, lane.of(_FLOAT))
+        adds_to_totals, adds_last, writes = (
+            builder.icmp_signed("!=", address, none) for address in (totals, addend, out)
+        )
 
         def product(k, shift):
-            start = builder.load(builder.inttoptr(_scaled(sources, k, 8, builder), index_type.as_pointer()))
-            weight = builder.load(builder.inttoptr(_scaled(weights, k, 4, builder), _FLOAT.as_pointer()))
-            return builder.fmul(lane.widen(like, builder.add(start, shift)), lane.splat(weight))
+            start = builder.add(_load(builder, index_type, sources, k), shift)
+            if lanes > 1:
+                _prefetch(builder, builder.add(start, ahead))
+            return builder.fmul(lane.widen(like, start), lane.splat(_load(builder, _FLOAT, weights, k)))
+
+        def finish(step):
+            bits = lane.round(like, builder.load(total))
+            store = lane.store(bits, builder.add(out, step), LINE_BYTES if past_cache else item_bytes)
+            if past_cache:
+                store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_WORD, 1)]))
+            seen = lane.larger(builder.load(largest), builder.and_(bits, magnitude_bits))
+            builder.store(seen, largest)
 
         with cgutils.for_range(builder, groups, intp=index_type) as group:
             step = builder.mul(group.index, ir.Constant(index_type, lanes * item_bytes))
+            float_step = builder.mul(group.index, ir.Constant(index_type, lanes * 4))
             shift = builder.add(offset, step)
-            builder.store(product(ir.Constant(index_type, 0), shift), total)
-            one = ir.Constant(index_type, 1)
-            with cgutils.for_range(builder, terms, start=one, intp=index_type) as term:
+            with builder.if_else(adds_to_totals) as (continued, started):
+                with continued:
+                    builder.store(lane.load(_FLOAT, builder.add(totals, float_step)), total)
+                with started:
+                    builder.store(product(none, shift), total)
+            first = builder.select(adds_to_totals, none, one)
+            with cgutils.for_range(builder, terms, start=first, intp=index_type) as term:
                 builder.store(builder.fadd(builder.load(total), product(term.index, shift)), total)
-            value = builder.load(total)
-            if with_addend:
-                addend_address = _scaled(addend, group.index, lanes * 4, builder)
-                value = builder.fadd(value, lane.load(_FLOAT, addend_address))
-            bits = lane.round(like, value)
-            store = lane.store(bits, builder.add(out, step), LINE_BYTES if streaming else item_bytes)
-            if streaming:
-                flag = builder.module.add_metadata([ir.Constant(_WORD, 1)])
-                store.set_metadata("nontemporal", flag)
-            seen = lane.larger(builder.load(largest), builder.and_(bits, magnitudes))
-            builder.store(seen, largest)
+            with builder.if_then(adds_last):
+                last = lane.load(_FLOAT, builder.add(addend, float_step))
+                builder.store(builder.fadd(builder.load(total), last), total)
+            with builder.if_else(writes, likely=True) as (finished, kept):
+                with finished:
+                    finish(step)
+                with kept:
+                    lane.store(builder.load(total), builder.add(totals, float_step), 4)
         result = lane.largest(builder.load(largest))
         return result if width is _WORD else builder.zext(result, _WORD)
 
     @intrinsic
-    def weighted_sums(typing_context, like, sources, weights, terms, offset, groups, out, addend):
-        def generate(context, builder, signature, arguments):
-            return codegen(like, builder, arguments[1:])
-
-        return types.uint32(like, *[types.int64] * 7), generate
+    def weighted_sums(
+        typing_context, like, sources, weights, terms, offset, ahead, groups, totals, addend, out
+    ):
+        return types.uint32(like, *[types.int64] * 9), generate
 
     return weighted_sums
 
 
 sum_vectors = _weighted_sums(LANES)
-sum_vectors_past_cache = _weighted_sums(LANES, streaming=True)
+sum_vectors_past_cache = _weighted_sums(LANES, past_cache=True)
 sum_scalars = _weighted_sums(1)
-sum_vectors_and_add = _weighted_sums(LANES, with_addend=True)
-sum_scalars_and_add = _weighted_sums(1, with_addend=True)
 
 
 @intrinsic
@@ -181,12 +203,13 @@ def outer_products(typing_context, left, right, ranks, count, out, row_bytes):
         totals = [cgutils.alloca_once(builder, lane.of(_FLOAT)) for _ in range(ROWS)]
 
         def products(n):
-            rank = builder.load(builder.inttoptr(_scaled(ranks, n, 8, builder), index_type.as_pointer()))
-            columns = lane.load(_FLOAT, _scaled(right, rank, LANES * 4, builder))
-            first = _scaled(left, n, ROWS * 4, builder)
-            factors = [_scaled(first, ir.Constant(index_type, row), 4, builder) for row in range(ROWS)]
-            scalars = [builder.load(builder.inttoptr(factor, _FLOAT.as_pointer())) for factor in factors]
-            return [builder.fmul(lane.splat(scalar), columns) for scalar in scalars]
+            rank = _load(builder, index_type, ranks, n)
+            column_bytes = builder.mul(rank, ir.Constant(index_type, LANES * 4))
+            columns = lane.load(_FLOAT, builder.add(right, column_bytes))
+            first = builder.mul(n, ir.Constant(index_type, ROWS))
+            places = [builder.add(first, ir.Constant(index_type, row)) for row in range(ROWS)]
+            factors = [_load(builder, _FLOAT, left, place) for place in places]
+            return [builder.fmul(lane.splat(factor), columns) for factor in factors]
 
         for total, product in zip(totals, products(ir.Constant(index_type, 0)), strict=True):
             builder.store(product, total)

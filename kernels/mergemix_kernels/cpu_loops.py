@@ -20,18 +20,19 @@ from mergemix_kernels.cpu_intrinsics import (
     outer_products,
     stores_done,
     sum_scalars,
-    sum_scalars_and_add,
     sum_vectors,
-    sum_vectors_and_add,
     sum_vectors_past_cache,
 )
 
 # Elements of each source between two outputs: what the first output read, the others find in a cache.
 BLOCK_ELEMENTS = 2048
+# Sources that are read side by side. With more the processor loses track of where each one is read.
+SIDE_BY_SIDE = 16
+PREFETCH_BYTES = 1024
 # The right factor of a low-rank product is taken in panels of columns that stay in the second-level cache
-# for all rows of a range; one panel of ROWS rows of the product stays in the first.
+# for all rows of a range; a strip of ROWS rows of the product stays in the first.
 PANEL_BYTES = 1 << 18
-PANEL_COLUMNS = 512
+STRIP_COLUMNS = 512
 
 
 def _compiled(function: Callable) -> Callable:
@@ -58,6 +59,34 @@ def _compiled(function: Callable) -> Callable:
 
 
 @_compiled
+def address_of(array):
+    """Where the first element is. Far quicker than asking numpy."""
+    return array.ctypes.data
+
+
+@register_jitable
+def _sum_elements(
+    like, item_bytes, sources, weights, terms, offset, ahead, count, totals, addend, out, past_cache
+):
+    """As `cpu_intrinsics.sum_vectors`, for `count` elements: whole vectors, then what is left over."""
+    groups = count // LANES
+    if past_cache and out % LINE_BYTES == 0:
+        largest = sum_vectors_past_cache(
+            like, sources, weights, terms, offset, ahead, groups, totals, addend, out
+        )
+    else:
+        largest = sum_vectors(like, sources, weights, terms, offset, ahead, groups, totals, addend, out)
+    done = groups * LANES
+    offset += done * item_bytes
+    totals = totals + 4 * done if totals != 0 else 0
+    addend = addend + 4 * done if addend != 0 else 0
+    out = out + done * item_bytes if out != 0 else 0
+    return max(
+        largest, sum_scalars(like, sources, weights, terms, offset, 0, count - done, totals, addend, out)
+    )
+
+
+@_compiled
 def sum_range(like, item_bytes, sources, weights, starts, outs, begin, end, past_cache):
     """For every output p and begin <= i < end: outs[p][i] = sum over n of weights[n] * sources[n][i].
 
@@ -66,24 +95,39 @@ def sum_range(like, item_bytes, sources, weights, starts, outs, begin, end, past
     """
     callers_control = exchange_float_control(np.uint32(IEEE_CONTROL))
     source_table, weight_table = np.int64(sources.ctypes.data), np.int64(weights.ctypes.data)
+    totals = np.empty(BLOCK_ELEMENTS, np.float32)
     largest = np.uint32(0)
     # Up to where the first output can be stored past the cache: whole lines.
     head = (-(outs[0] + begin * item_bytes) % LINE_BYTES) // item_bytes if past_cache else 0
     start = begin
     while start < end:
         count = min(head if start == begin and head > 0 else BLOCK_ELEMENTS, end - start)
-        offset, groups = start * item_bytes, count // LANES
-        rest = groups * LANES * item_bytes
+        offset = start * item_bytes
         for p in range(outs.size):
-            addresses, factors = source_table + 8 * starts[p], weight_table + 4 * starts[p]
-            terms, out = starts[p + 1] - starts[p], outs[p] + offset
-            if past_cache and out % LINE_BYTES == 0:
-                seen = sum_vectors_past_cache(like, addresses, factors, terms, offset, groups, out, 0)
-            else:
-                seen = sum_vectors(like, addresses, factors, terms, offset, groups, out, 0)
-            left_over = count - groups * LANES
-            last = sum_scalars(like, addresses, factors, terms, offset + rest, left_over, out + rest, 0)
-            largest = max(largest, seen, last)
+            ahead = PREFETCH_BYTES if p == 0 else 0
+            kept = 0
+            if starts[p + 1] - starts[p] > SIDE_BY_SIDE:
+                totals[:] = np.float32(-0.0)  # neutral: -0.0 + x is x for every x, but +0.0 + -0.0 is +0.0
+                kept = np.int64(totals.ctypes.data)
+            for n in range(starts[p], starts[p + 1], SIDE_BY_SIDE):
+                terms = min(SIDE_BY_SIDE, starts[p + 1] - n)
+                out = outs[p] + offset if n + terms == starts[p + 1] else 0
+                addresses, factors = source_table + 8 * n, weight_table + 4 * n
+                seen = _sum_elements(
+                    like,
+                    item_bytes,
+                    addresses,
+                    factors,
+                    terms,
+                    offset,
+                    ahead,
+                    count,
+                    kept,
+                    0,
+                    out,
+                    past_cache,
+                )
+                largest = max(largest, seen)
         start += count
     if past_cache:
         stores_done()
@@ -92,13 +136,27 @@ def sum_range(like, item_bytes, sources, weights, starts, outs, begin, end, past
 
 
 @register_jitable
+def _line_aligned(count):
+    """`count` float32s, uninitialised, that begin with a cache line."""
+    memory = np.empty(count + LINE_BYTES // 4, np.float32)
+    skipped = (-np.int64(memory.ctypes.data) % LINE_BYTES) // 4
+    return memory[skipped : skipped + count]
+
+
+@register_jitable
 def _pack_panel(right, begin, end, packed):
-    """packed[g, r, :] = columns begin + g * LANES and following of right[r]; zeros stand for those from `end`."""
-    for r in range(right.shape[0]):
-        for group in range(packed.shape[0]):
-            start = begin + group * LANES
-            for lane in range(LANES):
-                packed[group, r, lane] = right[r, start + lane] if start + lane < end else np.float32(0)
+    """packed[g, r] = LANES columns of right[r], from begin + g * LANES on; zeros stand for those from `end`.
+
+    So the columns of a vector are neighbours for all ranks, whatever the distance between rows of `right`.
+    """
+    for group in range(packed.shape[0]):
+        start = begin + group * LANES
+        for r in range(packed.shape[1]):
+            part, vector = right[r, start : min(start + LANES, end)], packed[group, r]
+            for lane in range(part.size):
+                vector[lane] = part[lane]
+            for lane in range(part.size, LANES):
+                vector[lane] = np.float32(0)
 
 
 @register_jitable
@@ -114,25 +172,33 @@ def _active_ranks(scales):
 
 
 @register_jitable
-def _multiply_panel(left, left_strides, row, last_row, scales, ranks, packed, scaled, product):
-    """product = the low-rank product of rows row .. row + ROWS - 1 and of the packed columns.
+def _scale_rows(left, left_strides, row, last_row, scales, ranks, scaled):
+    """scaled[n, m] = scale of ranks[n] times its element in row + m, where rows after `last_row` repeat it."""
+    row_stride, rank_stride = left_strides
+    for m in range(ROWS):
+        start = min(row + m, last_row) * row_stride
+        for n in range(ranks.size):
+            scaled[n, m] = scales[ranks[n]] * left[start + ranks[n] * rank_stride]
 
-    `ranks` are those that take part, `scales` the scales of all. Rows after `last_row` repeat it.
-    Without ranks the product is -0.0, which changes no sum: -0.0 + x is x for every x.
+
+@register_jitable
+def _multiply_strip(scaled, ranks, packed, product):
+    """product = ROWS rows of the low-rank product in the packed columns.
+
+    Without ranks it is -0.0, which changes no sum: -0.0 + x is x for every x.
     """
     if ranks.size == 0:
         product[:] = np.float32(-0.0)
         return
-    row_stride, rank_stride = left_strides
-    for n in range(ranks.size):
-        for m in range(ROWS):
-            element = left[min(row + m, last_row) * row_stride + ranks[n] * rank_stride]
-            scaled[n, m] = scales[ranks[n]] * element
-    left_table, rank_table = np.int64(scaled.ctypes.data), np.int64(ranks.ctypes.data)
     for group in range(packed.shape[0]):
-        columns = np.int64(packed.ctypes.data) + group * packed.strides[0]
-        out = np.int64(product.ctypes.data) + 4 * group * LANES
-        outer_products(left_table, columns, rank_table, ranks.size, out, product.strides[0])
+        outer_products(
+            np.int64(scaled.ctypes.data),
+            np.int64(packed.ctypes.data) + group * packed.strides[0],
+            np.int64(ranks.ctypes.data),
+            ranks.size,
+            np.int64(product.ctypes.data) + group * LANES * product.itemsize,
+            product.strides[0],
+        )
 
 
 @_compiled
@@ -146,48 +212,45 @@ def sum_low_rank_range(
     callers_control = exchange_float_control(np.uint32(IEEE_CONTROL))
     source_table, weight_table = np.int64(sources.ctypes.data), np.int64(weights.ctypes.data)
     ranks, rank_counts = _active_ranks(scales)
-    rank_count, columns = right.shape
+    all_ranks, columns = right.shape
     flat_begin, flat_end = first + begin, first + end
     first_row, last_row = flat_begin // columns, (flat_end - 1) // columns
     column_begin, column_end = 0, columns
     if first_row == last_row:
         column_begin, column_end = flat_begin - first_row * columns, flat_end - first_row * columns
-    fitting = min(
-        PANEL_COLUMNS, PANEL_BYTES // (4 * max(rank_count, 1)), column_end - column_begin + LANES - 1
-    )
-    width = max(1, fitting // LANES) * LANES
-    packed = np.empty((width // LANES, rank_count, LANES), np.float32)
-    scaled, product = np.empty((rank_count, ROWS), np.float32), np.empty((ROWS, width), np.float32)
+    most_groups = max(1, PANEL_BYTES // (4 * LANES * max(all_ranks, 1)))
+    width = min(most_groups, -(-(column_end - column_begin) // LANES)) * LANES
+    packed = _line_aligned(width * all_ranks).reshape((width // LANES, all_ranks, LANES))
+    product = _line_aligned(ROWS * STRIP_COLUMNS).reshape((ROWS, STRIP_COLUMNS))
+    scaled = np.empty((outs.size, all_ranks, ROWS), np.float32)
     largest = np.uint32(0)
     for panel in range(column_begin, column_end, width):
         panel_end = min(panel + width, column_end)
         _pack_panel(right, panel, panel_end, packed)
         for row in range(first_row, last_row + 1, ROWS):
             for p in range(outs.size):
-                taking_part = ranks[p, : rank_counts[p]]
-                _multiply_panel(
-                    left, left_strides, row, last_row, scales[p], taking_part, packed, scaled, product
+                _scale_rows(
+                    left, left_strides, row, last_row, scales[p], ranks[p, : rank_counts[p]], scaled[p]
                 )
-                addresses, factors = source_table + 8 * starts[p], weight_table + 4 * starts[p]
-                terms = starts[p + 1] - starts[p]
-                for m in range(min(ROWS, last_row + 1 - row)):
-                    panel_start = (row + m) * columns + panel
-                    start = max(panel_start, flat_begin)
-                    count = max(0, min((row + m) * columns + panel_end, flat_end) - start)
-                    groups = count // LANES
-                    addend = np.int64(product.ctypes.data) + 4 * (m * width + start - panel_start)
-                    offset, out = (start - first) * item_bytes, outs[p] + (start - first) * item_bytes
-                    seen = sum_vectors_and_add(like, addresses, factors, terms, offset, groups, out, addend)
-                    rest, left_over = groups * LANES, count - groups * LANES
-                    offset, out, addend = (
-                        offset + rest * item_bytes,
-                        out + rest * item_bytes,
-                        addend + 4 * rest,
-                    )
-                    last = sum_scalars_and_add(
-                        like, addresses, factors, terms, offset, left_over, out, addend
-                    )
-                    largest = max(largest, seen, last)
+            for strip in range(panel, panel_end, STRIP_COLUMNS):
+                strip_end = min(strip + STRIP_COLUMNS, panel_end)
+                vectors = packed[(strip - panel) // LANES : -((panel - strip_end) // LANES)]
+                for p in range(outs.size):
+                    _multiply_strip(scaled[p], ranks[p, : rank_counts[p]], vectors, product)
+                    addresses, factors = source_table + 8 * starts[p], weight_table + 4 * starts[p]
+                    terms = starts[p + 1] - starts[p]
+                    for m in range(min(ROWS, last_row + 1 - row)):
+                        # What of this row of the strip lies in the range.
+                        row_start = (row + m) * columns
+                        start = max(row_start + strip, flat_begin)
+                        count = max(min(row_start + strip_end, flat_end) - start, 0)
+                        offset = (start - first) * item_bytes
+                        addend = np.int64(product[m].ctypes.data) + 4 * (start - row_start - strip)
+                        seen = _sum_elements(
+                            like, item_bytes, addresses, factors, terms, offset, PREFETCH_BYTES if p == 0 else 0,
+                            count, 0, addend, outs[p] + offset, False,
+                        )  # fmt: skip
+                        largest = max(largest, seen)
     exchange_float_control(callers_control)
     return largest
 

@@ -35,7 +35,7 @@ def _check_group(sources: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) 
             raise ValueError("of several outs none may be another, or a source")
 
 
-def _flatten(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+def flatten(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
     """1-D views of all tensors in one common order of elements, or None where only a copy could be flat.
 
     Tensors that are dense and laid out alike (all transposed, say) qualify.
@@ -48,14 +48,22 @@ def _flatten(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
 
 
 def pieces(tensors: Sequence[torch.Tensor], limit: int) -> Iterator[Sequence[torch.Tensor]]:
-    """Matching views that together cover `tensors` (equal shapes), each of at most `limit` elements."""
-    if tensors[0].numel() <= limit:
+    """Matching views that together cover `tensors` (equal shapes), each of at most `limit` elements, at least one.
+
+    Cut along the first dimension, so that parts of contiguous tensors are contiguous; where one row is too
+    much, each row is cut alike.
+    """
+    count = tensors[0].numel()
+    if count <= limit:
         yield tensors
         return
-    dim = max(range(tensors[0].dim()), key=lambda d: tensors[0].shape[d])
-    step = max(1, limit * tensors[0].shape[dim] // tensors[0].numel())
-    for part in zip(*(tensor.split(step, dim) for tensor in tensors), strict=True):
-        yield from pieces(part, limit)
+    rows = tensors[0].shape[0]
+    step = limit * rows // count
+    if step == 0:
+        for row in zip(*(tensor.unbind() for tensor in tensors), strict=True):
+            yield from pieces(row, limit)
+    else:
+        yield from zip(*(tensor.split(step) for tensor in tensors), strict=True)
 
 
 class _CpuGroups:
@@ -168,7 +176,7 @@ class GroupedWeightedSum:
             self._check_alike(sources, outs, groups[0][1])
             _check_group(sources, outs)
             tensors = [tensor.detach() for tensor in (*sources, *outs)]
-            dense = _flatten(tensors)
+            dense = flatten(tensors)
             kept = dense or tensors
             (flat if dense else strided).append((kept[: len(sources)], kept[len(sources) :]))
         self._sums: list[Sums] = []

@@ -22,29 +22,33 @@ class Tiling:
     source: str
 
 
-# One output needs few registers, so a tile may be large: 64 bytes of each source per thread. With more outputs
-# the fp32 sums fill the registers, and a thread takes 16 bytes of each source.
-_BY_REGISTERS = (
-    "not measured: as many programs as fit 65,536 registers beside each other, at the registers per thread "
-    "that ptxas 12.9 reports ({registers} with {outputs})"
-)
-_GUESS = "not measured: no figures for this GPU; small enough for any that Triton supports"
+REGISTERS = 65_536  # of a multiprocessor
+THREADS = 128
+MOST_PROGRAMS = 8
 
-# By the name that the driver gives or by compute capability: the tiling for one output, and for two to eight.
-TILINGS: dict[str | tuple[int, int], tuple[Tiling, Tiling]] = {
-    (8, 0): (
-        Tiling(4096, 4, 5, _BY_REGISTERS.format(registers=96, outputs="one output")),
-        Tiling(1024, 4, 5, _BY_REGISTERS.format(registers=96, outputs="eight outputs")),
-    ),
-    (9, 0): (
-        Tiling(4096, 4, 6, _BY_REGISTERS.format(registers=80, outputs="one output")),
-        Tiling(1024, 4, 5, _BY_REGISTERS.format(registers=96, outputs="eight outputs")),
-    ),
+
+def _unmeasured(elements: int, registers: int) -> Tiling:
+    """As many programs of THREADS threads as the registers hold.
+
+    With one output a tile may be large: 64 bytes of each source per thread. With more, the fp32 sums take up the
+    registers, and a thread has 16 bytes of each source.
+    """
+    programs = min(REGISTERS // (registers * THREADS), MOST_PROGRAMS)
+    source = (
+        f"not measured: with {registers} registers a thread (ptxas 12.9) {programs} programs are resident"
+    )
+    return Tiling(elements, THREADS // 32, programs, source)
+
+
+# By the name that the driver gives, or by compute capability; then by the greatest number of outputs it is for.
+TILINGS: dict[str | tuple[int, int], dict[int, Tiling]] = {
+    (8, 0): {1: _unmeasured(4096, 96), 4: _unmeasured(1024, 64), 8: _unmeasured(1024, 96)},
+    (9, 0): {1: _unmeasured(4096, 80), 4: _unmeasured(1024, 56), 8: _unmeasured(1024, 96)},
 }
-ELSEWHERE = (Tiling(4096, 4, 4, _GUESS), Tiling(1024, 4, 4, _GUESS))
+ELSEWHERE = {1: _unmeasured(4096, 128), 8: _unmeasured(1024, 128)}
 
 
 def tiling_for(name: str, capability: tuple[int, int], outputs: int) -> Tiling:
     """The tiling for a GPU: by its name, else by its compute capability, else one that suits any."""
-    one, several = TILINGS.get(name) or TILINGS.get(capability) or ELSEWHERE
-    return one if outputs == 1 else several
+    by_outputs = TILINGS.get(name) or TILINGS.get(capability) or ELSEWHERE
+    return by_outputs[min(most for most in by_outputs if most >= outputs)]

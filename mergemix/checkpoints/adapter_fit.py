@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mergemix.checkpoints.adapter import Adapter, LowRankDelta
 from mergemix.checkpoints.adapter_config import ADAPTER_CONFIG_NAME, MERGE_FIRST
 from mergemix.checkpoints.checkpoint import FLOATING, HUB_ID, SAMPLE_BYTES, Checkpoint, open_checkpoint
 from mergemix.checkpoints.files import HubFile
-from mergemix.checkpoints.header import TensorInfo
+from mergemix.checkpoints.header import DTYPE_BITS, TensorInfo
 from mergemix.checkpoints.ranges import read_range
 from mergemix.checkpoints.strict_json import shown
 from mergemix.errors import CheckpointError, FamilyError
@@ -26,9 +28,9 @@ def fit_adapter(adapter: Adapter, base: Checkpoint) -> Adapter:
     """
     _check_base_named(adapter, base)
     names = _names(adapter, base)
-    deltas = {names[name]: delta for name, delta in adapter.deltas.items()}
-    tensors = {names[name]: tensor for name, tensor in adapter.tensors.items()}
-    if len(deltas) < len(adapter.deltas) or len(tensors) < len(adapter.tensors):
+    deltas = {names[name]: delta for name, delta in adapter.deltas.items() if name in names}
+    tensors = {names[name]: tensor for name, tensor in adapter.tensors.items() if name in names}
+    if len(set(names.values())) < len(names):
         raise FamilyError(
             f"{_named(adapter)} changes one tensor of {_named(base)} under two names: {MERGE_FIRST}"
         )
@@ -53,10 +55,37 @@ def _names(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
     for name in {**adapter.deltas, **adapter.tensors}:
         candidates = (name, name.partition(".")[2], longer.get(name))
         found = next((each for each in candidates if each and each in base.tensors), None)
-        if found is None:
+        if found is not None:
+            names[name] = found
+        elif not _is_tied_copy(adapter, base, name):
             raise FamilyError(_absent(adapter, base, name))
-        names[name] = found
     return names
+
+
+def _is_tied_copy(adapter: Adapter, base: Checkpoint, name: str) -> bool:
+    """Whether `name` is a tied output head, of which PEFT stores the change of the embeddings a second time."""
+    if not adapter.config.get("ensure_weight_tying") or not _is_tied(base):
+        return False
+    delta, tensor = adapter.deltas.get(name), adapter.tensors.get(name)
+    others = [each for key, each in adapter.tensors.items() if key != name]
+    return (
+        delta is None
+        or any(_same_product(delta, each) for each in adapter.deltas.values() if each.is_embedding)
+    ) and (tensor is None or any(_same_tensor(tensor, each) for each in others))
+
+
+def _same_product(head: LowRankDelta, embedding: LowRankDelta) -> bool:
+    """Whether two deltas are one: the head's up is the embedding's down, transposed, and the other way round."""
+    if head.scale != embedding.scale:
+        return False
+    for one, other in ((head.up, embedding.down), (head.down, embedding.up)):
+        if one.dtype != other.dtype or one.shape != other.shape[::-1]:
+            return False
+        bits = f"u{DTYPE_BITS[one.dtype] // 8}"
+        a, b = (np.frombuffer(read_range(each, 0, each.nbytes), bits) for each in (one, other))
+        if not np.array_equal(a.reshape(one.shape), b.reshape(other.shape).T):
+            return False
+    return True
 
 
 def _absent(adapter: Adapter, base: Checkpoint, name: str) -> str:
@@ -73,10 +102,8 @@ def _absent(adapter: Adapter, base: Checkpoint, name: str) -> str:
 
 def _check_untied(adapter: Adapter, base: Checkpoint, tensor: TensorInfo) -> None:
     """Refuse a change of embeddings that are the output head too, since PEFT applies it to one of the two only."""
-    if adapter.config.get("ensure_weight_tying") or not _is_tied(base):
-        return
-    twins = [each for each in base.tensors.values() if each.shape == tensor.shape]
-    if len(tensor.shape) == 2 and tensor.shape[0] == _vocabulary(base) and len(twins) == 1:
+    is_embedding = len(tensor.shape) == 2 and tensor.shape[0] == _vocabulary(base)
+    if is_embedding and _is_tied(base) and not adapter.config.get("ensure_weight_tying"):
         raise FamilyError(
             f"{_named(adapter)} changes tensor {shown(tensor.name)}, which in {_named(base)} is input embeddings and "
             "output head at once, while the adapter was trained with ensure_weight_tying false, as one of them: "
@@ -85,8 +112,15 @@ def _check_untied(adapter: Adapter, base: Checkpoint, tensor: TensorInfo) -> Non
 
 
 def _is_tied(base: Checkpoint) -> bool:
-    """As config.json says; transformers 4 does not write down what is the default of an architecture."""
-    return base.config.get("tie_word_embeddings", _text_config(base).get("tie_word_embeddings")) is not False
+    """Whether the output head is the input embeddings: as config.json says, else as there is one such tensor or two.
+
+    transformers 4 does not write down what is the default of an architecture.
+    """
+    told = base.config.get("tie_word_embeddings", _text_config(base).get("tie_word_embeddings"))
+    if told is not None:
+        return bool(told)
+    rows = _vocabulary(base)
+    return sum(len(each.shape) == 2 and each.shape[0] == rows for each in base.tensors.values()) == 1
 
 
 def _vocabulary(base: Checkpoint) -> object:
@@ -193,16 +227,16 @@ def _is_other(named: str, base: Checkpoint) -> bool:
 
 def _same_weights(one: Checkpoint, other: Checkpoint) -> bool:
     """Whether names, shapes, dtypes and a sample of every tensor are the same."""
-    if one.tensors.keys() != other.tensors.keys():
-        return False
-    return all(
-        (tensor.dtype, tensor.shape) == (other.tensors[name].dtype, other.tensors[name].shape)
-        and sample(tensor) == sample(other.tensors[name])
-        for name, tensor in one.tensors.items()
+    return one.tensors.keys() == other.tensors.keys() and all(
+        _same_tensor(tensor, other.tensors[name]) for name, tensor in one.tensors.items()
     )
 
 
-def sample(tensor: TensorInfo) -> bytes:
+def _same_tensor(one: TensorInfo, other: TensorInfo) -> bool:
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and _sample(one) == _sample(other)
+
+
+def _sample(tensor: TensorInfo) -> bytes:
     """Up to SAMPLE_BYTES from the middle of a tensor."""
     size = min(tensor.nbytes, SAMPLE_BYTES)
     return read_range(tensor, (tensor.nbytes - size) // 2, size)

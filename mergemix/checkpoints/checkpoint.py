@@ -23,7 +23,7 @@ from mergemix.checkpoints.files import (
     is_prompt_file,
 )
 from mergemix.checkpoints.header import TensorInfo, read_header, read_hub_header
-from mergemix.checkpoints.ranges import OpenFiles, read_into
+from mergemix.checkpoints.ranges import OpenFiles
 from mergemix.checkpoints.strict_json import read_object, shown
 from mergemix.errors import CheckpointError
 
@@ -300,8 +300,7 @@ def _samples(files: OpenFiles, tensors: Sequence[TensorInfo]) -> Iterator[bytes]
 
     def sample(tensor: TensorInfo) -> bytes:
         data = bytearray(min(tensor.nbytes, SAMPLE_BYTES))
-        with files.opened(tensor) as file:
-            read_into(file, tensor, (tensor.nbytes - len(data)) // 2, memoryview(data))
+        files.read_into(tensor, (tensor.nbytes - len(data)) // 2, memoryview(data))
         return bytes(data)
 
     if not any(isinstance(tensor.file, HubFile) for tensor in tensors):

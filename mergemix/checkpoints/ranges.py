@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -29,9 +28,6 @@ class RangeFile(Protocol):
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError unless this is still the file whose header was read."""
-
-    def will_need(self, offset: int, nbytes: int) -> None:
-        """A hint: these bytes are read soon."""
 
     def forget(self, offset: int, nbytes: int) -> None:
         """A hint: these bytes are not read again, and need not stay in the system's page cache."""
@@ -70,16 +66,10 @@ class LocalFile:
         finally:
             os.close(current)
 
-    def will_need(self, offset: int, nbytes: int) -> None:
-        self._advise(offset, nbytes, "POSIX_FADV_WILLNEED")
-
     def forget(self, offset: int, nbytes: int) -> None:
-        self._advise(offset, nbytes, "POSIX_FADV_DONTNEED")
-
-    def _advise(self, offset: int, nbytes: int, advice: str) -> None:
         if hasattr(os, "posix_fadvise"):
             with suppress(OSError):
-                os.posix_fadvise(self._descriptor, offset, nbytes, getattr(os, advice))
+                os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -139,19 +129,25 @@ class OpenFiles:
         self._files: OrderedDict[Path, RangeFile] = OrderedDict()
         self._users: dict[Path, int] = {}
 
-    @contextmanager
-    def opened(self, tensor: TensorInfo) -> Iterator[RangeFile]:
-        """The file of `tensor`, open at least until the end of the `with` block. Raises as `open_range`."""
+    def read_into(self, tensor: TensorInfo, begin: int, view: memoryview, *, last: bool = False) -> None:
+        """Fill `view` from byte `begin` of `tensor` on, as `read_into`; raises as that and as `open_range`.
+
+        last: nobody reads these bytes again, and the system need not keep them in its page cache.
+        """
         path = tensor.path
         with self._lock:
             file = self._files.get(path)
             if file is None:
                 file = self._files[path] = open_range(tensor)
-            self._files.move_to_end(path)
-            self._users[path] = self._users.get(path, 0) + 1
-            self._close_idle(MAX_OPEN_FILES)
+                self._users[path] = 0
+                self._close_idle(MAX_OPEN_FILES)
+            else:
+                self._files.move_to_end(path)
+            self._users[path] += 1
         try:
-            yield file
+            read_into(file, tensor, begin, view)
+            if last:
+                file.forget(tensor.offset + begin, len(view))
         finally:
             with self._lock:
                 self._users[path] -= 1
@@ -161,7 +157,7 @@ class OpenFiles:
         for path in list(self._files):
             if len(self._files) <= limit:
                 return
-            if not self._users.get(path):
+            if self._users[path] == 0 and path != next(reversed(self._files)):
                 file = self._files.pop(path)
                 try:
                     file.check_unchanged()

@@ -9,12 +9,14 @@ import bisect
 import errno
 import fcntl
 import itertools
+import math
 import mmap
 import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +29,8 @@ from mergemix_kernels import cpu
 
 BLOCK_BYTES = 1 << 20  # what a merge reads and writes at a time
 THREADS = 8
-READ_SECONDS = 2.0  # no range is begun after this: a slow network is known by then
+PROBES = 4  # of the page cache, a range
+READ_SECONDS = 2.0  # reading stops then: a slow disk or network is known by now
 KERNEL_BYTES = 1 << 26  # of all sources and outputs: beyond the caches
 WRITE_BYTES = 1 << 27
 DIRECT = getattr(os, "O_DIRECT", 0)
@@ -69,25 +72,26 @@ def spread_ranges(tensors: Sequence[TensorInfo], count: int, nbytes: int, phase:
 def read_rate(ranges: Sequence[Range]) -> tuple[Rate, float | None]:
     """Rate at which the ranges are read, several at a time, and what share of them was in the page cache.
 
-    The share is None where that cannot be told. What was not in the page cache is removed from it again.
+    The share is None where that cannot be told. A range that was not in the page cache is removed from it again.
     Raises CheckpointError or OSError as reading does.
     """
-    cached = [_is_cached(each) for each in ranges]
-    known = [state for state in cached if state is not None]
+    shares = [_cached_share(each) for each in ranges]
+    known = [share for share in shares if share is not None]
     deadline = time.perf_counter() + READ_SECONDS
 
-    def read(job: tuple[Range, bool | None]) -> int:
-        if time.perf_counter() > deadline:
-            return 0
-        each, state = job
+    def read(job: tuple[Range, float | None]) -> int:
+        each, share = job
         file = open_range(each.tensor)
         try:
-            return _read_through(file, each.tensor.offset + each.begin, each.nbytes, keep=state is not False)
+            keep = share is None or share > 0.5
+            return _read_through(
+                file, each.tensor.offset + each.begin, each.nbytes, keep=keep, deadline=deadline
+            )
         finally:
             file.close()
 
     with ThreadPoolExecutor(THREADS) as pool:
-        rate = _measure(lambda: sum(pool.map(read, zip(ranges, cached, strict=True))))
+        rate = _measure(lambda: sum(pool.map(read, zip(ranges, shares, strict=True))))
     return rate, sum(known) / len(known) if known else None
 
 
@@ -131,6 +135,14 @@ def copy_rate(nbytes: int = KERNEL_BYTES) -> Rate:
         return _best(copy)
 
 
+def kernel_start() -> float:
+    """Seconds until the CPU kernel has done its first sum in this process: it is compiled, or read from disk."""
+    begin = time.perf_counter()
+    sources = [np.zeros(1, np.uint16)] * 2
+    cpu.weighted_sum(sources, [0.5, 0.5], np.empty(1, np.uint16), "BF16")
+    return time.perf_counter() - begin
+
+
 def kernel_rate(
     num_sources: int, num_outputs: int = 1, dtype: str = "BF16", *, rank: int = 0, nbytes: int = KERNEL_BYTES
 ) -> Rate:
@@ -170,15 +182,17 @@ def _best(action: Callable[[], int], repeats: int = 5) -> Rate:
     return max((_measure(action) for _ in range(repeats)), key=lambda rate: rate.bytes_per_s)
 
 
-def _read_through(file: RangeFile, offset: int, nbytes: int, *, keep: bool) -> int:
-    """Read a range block by block. keep: leave it in the page cache."""
+def _read_through(
+    file: RangeFile, offset: int, nbytes: int, *, keep: bool, deadline: float = math.inf
+) -> int:
+    """Read a range block by block, the first even after the deadline. keep: leave it in the page cache."""
     buffer = memoryview(bytearray(min(nbytes, BLOCK_BYTES)))
     done = 0
     while done < nbytes:
         count = file.read_into(buffer[: nbytes - done], offset + done)
-        if count == 0:
-            break
         done += count
+        if count == 0 or time.perf_counter() > deadline:
+            break
     if not keep:
         file.forget(offset, nbytes)
     return done
@@ -193,21 +207,25 @@ def _read_in_threads(file: RangeFile, nbytes: int) -> int:
         )
 
 
-def _is_cached(part: Range) -> bool | None:
-    """Whether the range's middle is in the page cache; None where that cannot be asked."""
+def _cached_share(part: Range) -> float | None:
+    """What share of a few places in the range is in the page cache; None where that cannot be asked."""
     if not isinstance(part.tensor.file, FileIdentity) or not hasattr(os, "RWF_NOWAIT"):
         return None
+    begin = part.tensor.offset + part.begin
+    found = 0
     try:
         file = os.open(part.tensor.path, os.O_RDONLY)
         try:
-            os.preadv(file, [bytearray(1)], part.tensor.offset + part.begin + part.nbytes // 2, os.RWF_NOWAIT)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)  # asking reads nothing ahead
+            for place in range(PROBES):
+                with suppress(BlockingIOError):
+                    offset = begin + (2 * place + 1) * part.nbytes // (2 * PROBES)
+                    found += os.preadv(file, [bytearray(1)], offset, os.RWF_NOWAIT)
         finally:
             os.close(file)
-    except BlockingIOError:
-        return False
     except OSError:
         return None
-    return True
+    return found / PROBES
 
 
 def _write(file: int, nbytes: int) -> int:

@@ -25,7 +25,7 @@ from mergemix.mixture import Mixture
 from mergemix.units import size_text
 from mergemix_kernels.cpu import thread_count
 
-SAMPLES, SAMPLE_BYTES = 32, 4 << 20  # of the inputs: a few disk reads each, a tenth of a second in all
+SAMPLES, SAMPLE_BYTES = 8, 16 << 20  # of the inputs: longer than what systems read ahead
 FREE_SHARE = 0.5  # of the free space, what the measurement of writing may take
 
 
@@ -33,11 +33,10 @@ FREE_SHARE = 0.5  # of the free space, what the measurement of writing may take
 class Needs:
     """What the merge takes and what there is, in bytes. buffers: None when the memory given is too small.
 
-    process: what this process has now. memory_free, disk_free: None where they are not known.
+    memory_free, disk_free: None where they are not known.
     """
 
     buffers: Buffers | None
-    process: int
     memory_free: int | None
     disk: int
     disk_free: int | None
@@ -68,7 +67,7 @@ def assess(request: MergeRequest) -> Needs:
             f"buffers of {size_text(buffers.total_bytes)} do not fit in the {size_text(memory_free)} of memory that "
             f"are free: use --memory {max(memory_free, 0) >> 20}MiB or less"
         )
-    one = _output_bytes(request.family)
+    one = _output_bytes(request)
     disk = one * len(request.recipes)
     parent = Path(os.path.abspath(request.out)).parent
     if parent.is_dir():
@@ -78,18 +77,20 @@ def assess(request: MergeRequest) -> Needs:
                 f"{request.out} needs {size_text(disk)} on disk, but {size_text(disk_free)} are free"
                 f"{_how_many(disk_free // one, request)}; free some space or give a directory on another disk"
             )
-    return Needs(buffers, process_memory(), memory_free, disk, disk_free, tuple(reasons))
+    return Needs(buffers, memory_free, disk, disk_free, tuple(reasons))
 
 
 def _how_many(fitting: int, request: MergeRequest) -> str:
     return f": at most {fitting} of the {len(request.recipes)} mixtures fit" if request.many else ""
 
 
-def _output_bytes(family: Family) -> int:
+def _output_bytes(request: MergeRequest) -> int:
     """Bytes of one merged directory."""
-    shards = shard_layout(family.template)
-    index = len(index_json(shards, 0)) if len(shards) > 1 else 0
-    side = sum(path.stat().st_size for path in side_files(family.template.root))
+    template = request.family.template
+    shards = shard_layout(template)
+    tensor_bytes = request.plan.bytes_written // len(request.recipes)
+    index = len(index_json(shards, tensor_bytes)) if len(shards) > 1 else 0
+    side = sum(path.stat().st_size for path in side_files(template.root))
     return index + side + sum(shard.nbytes for shard in shards)
 
 
@@ -100,11 +101,14 @@ def estimate(request: MergeRequest) -> dict[str, Any]:
     """
     plan = request.plan
     needs = assess(request)
+    start_s = bandwidth.kernel_start()
     rates, cached = _measure(request, needs)
+    process = process_memory()  # after the kernels were loaded
     stages = _stages(plan, rates)
     # Reading, summing and writing overlap: the slowest decides, or the cores where all of them need these.
-    known = None if None in stages.values() else {name: float(s or 0.0) for name, s in stages.items()}
-    peak = None if needs.buffers is None else needs.process + needs.buffers.total_bytes
+    known = {name: seconds for name, seconds in stages.items() if seconds is not None}
+    bound = max(known, key=lambda name: known[name]) if len(known) == len(stages) else None
+    buffers = None if needs.buffers is None else needs.buffers.total_bytes
     return {
         **request.as_dict(),
         "fits": not needs.reasons,
@@ -114,9 +118,9 @@ def estimate(request: MergeRequest) -> dict[str, Any]:
         "bytes_written": plan.bytes_written,
         "reads": _reads(request),
         "host_memory": {
-            "process_bytes": needs.process,
-            "buffers_bytes": None if needs.buffers is None else needs.buffers.total_bytes,
-            "peak_bytes": peak,
+            "process_bytes": process,
+            "buffers_bytes": buffers,
+            "peak_bytes": None if buffers is None else process + buffers,
             "free_bytes": needs.memory_free,
         },
         "device_memory_bytes": 0,  # the processor merges
@@ -125,9 +129,9 @@ def estimate(request: MergeRequest) -> dict[str, Any]:
             **{f"{name}_bytes_per_s": rate and rate.bytes_per_s for name, rate in rates.items()},
             "cached_share": cached,
         },
-        "stages": stages,
-        "seconds": None if known is None else max(known.values()),
-        "bound_by": None if known is None else max(known, key=lambda name: known[name]),
+        "stages": {"start": start_s, **stages},
+        "seconds": None if bound is None else start_s + known[bound],
+        "bound_by": bound,
         "swap": _swap(request.family),
     }
 

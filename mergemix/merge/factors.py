@@ -11,7 +11,7 @@ import numpy as np
 
 from mergemix.checkpoints.adapter import LowRankDelta
 from mergemix.checkpoints.header import TensorInfo
-from mergemix.checkpoints.ranges import OpenFiles, read_into
+from mergemix.checkpoints.ranges import OpenFiles
 from mergemix.merge.plan import TensorTask
 from mergemix_kernels import cpu
 
@@ -55,8 +55,7 @@ class FactorCache:
 
     def _read(self, factor: TensorInfo) -> np.ndarray:
         data = np.empty(factor.nbytes, np.uint8)
-        with self._files.opened(factor) as file:
-            read_into(file, factor, 0, data.data)
+        self._files.read_into(factor, 0, data.data)
         return data
 
 

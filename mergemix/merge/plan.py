@@ -80,7 +80,8 @@ def plan_merge(family: Family, mixtures: Sequence[Mixture]) -> MergePlan:
     Raises ConfigError when a mixture is not over the family's experts, needs a base that is not there, has a
     coefficient beyond fp32, or when more operands are read than the kernels take.
     """
-    cache: dict[object, Coefficients] = {}  # equal coefficients are one object, by which a merge groups tensors
+    # Equal coefficients become one object: by that a merge knows which tensors it may sum together.
+    cache: dict[Coefficients, Coefficients] = {}
     tasks = tuple(_task(family, template, mixtures, cache) for template in family.template.tensors.values())
     dense = sorted({member for task in tasks for member in task.members})
     used = sorted({*dense, *(term.member for task in tasks for term in task.low_rank)})
@@ -97,7 +98,7 @@ def plan_merge(family: Family, mixtures: Sequence[Mixture]) -> MergePlan:
 
 
 def _task(
-    family: Family, template: TensorInfo, mixtures: Sequence[Mixture], cache: dict[object, Coefficients]
+    family: Family, template: TensorInfo, mixtures: Sequence[Mixture], cache: dict[Coefficients, Coefficients]
 ) -> TensorTask:
     """The union of what the outputs read of one tensor, and each one's coefficients."""
     dense: dict[int, TensorInfo] = {}

@@ -19,7 +19,7 @@ import numpy as np
 
 from mergemix.checkpoints.checkpoint import FLOATING
 from mergemix.checkpoints.header import TensorInfo
-from mergemix.checkpoints.ranges import OpenFiles, read_into
+from mergemix.checkpoints.ranges import OpenFiles
 from mergemix.merge.buffers import Buffers, divide_memory
 from mergemix.merge.factors import FactorCache
 from mergemix.merge.non_finite import non_finite_error
@@ -66,9 +66,8 @@ def stream(
         files.check_unchanged()
     finally:
         files.close()
-    return MergeStats(
-        len(plan.tasks), merge.bytes_read, plan.bytes_written, time.perf_counter() - begin_time
-    )
+    seconds = time.perf_counter() - begin_time
+    return MergeStats(len(plan.tasks), merge.bytes_read, plan.bytes_written, seconds)
 
 
 def _run(merge: _Merge, workers: int, progress: Callable[[int], None] | None) -> None:
@@ -159,13 +158,13 @@ class _Merge:
 
     def _read_block(self, block: Block, operands: list[np.ndarray]) -> None:
         """Every operand's bytes, each at the place in its buffer that they have in the block."""
+        nbytes_read = 0
         for member, slot in self._slots.items():
             for tensor, begin, at, nbytes in _ranges(block, member):
-                with self._files.opened(tensor) as file:
-                    read_into(file, tensor, begin, operands[slot][at : at + nbytes].data)
-                    if self._forget:
-                        file.forget(tensor.offset + begin, nbytes)
-                self._count(nbytes)
+                part = operands[slot][at : at + nbytes]
+                self._files.read_into(tensor, begin, part.data, last=self._forget)
+                nbytes_read += nbytes
+        self._count(nbytes_read)
 
     def _merge_run(
         self, pieces: Sequence[Piece], operands: list[np.ndarray], outs: Sequence[np.ndarray]
@@ -183,14 +182,14 @@ class _Merge:
         if task.low_rank:
             first = pieces[0].begin // cpu.numpy_dtype(task.dtype).itemsize
             low_rank = self._factors.load(task, first, self._count)
-        if not self._sum(task, sources, parts, low_rank):
-            for piece in pieces:
-                part = slice(piece.at - begin, piece.at - begin + piece.nbytes)
-                self._check_finite(piece, [s[part] for s in sources], [p[part] for p in parts])
-        if not task.is_copy and not task.low_rank:
-            for piece in pieces:
-                part = slice(piece.at - begin, piece.at - begin + piece.nbytes)
-                self._keep_equal(piece, [s[part] for s in sources], [p[part] for p in parts])
+        finite = self._sum(task, sources, parts, low_rank)
+        for piece in pieces:
+            here = slice(piece.at - begin, piece.at - begin + piece.nbytes)
+            own_sources, own_parts = [s[here] for s in sources], [p[here] for p in parts]
+            if not finite:
+                self._check_finite(piece, own_sources, own_parts)
+            if not task.is_copy and not task.low_rank:
+                self._keep_equal(piece, own_sources, own_parts)
 
     def _sum(
         self,
@@ -238,8 +237,7 @@ class _Merge:
             weights = task.coefficients[copied.output]
             tensor = next(t for t, weight in zip(task.operands, weights, strict=True) if weight != 0.0)
             source, result = np.empty(piece.nbytes, np.uint8), np.empty(piece.nbytes, np.uint8)
-            with self._files.opened(tensor) as file:
-                read_into(file, tensor, piece.begin, source.data)
+            self._files.read_into(tensor, piece.begin, source.data)
             self._count(piece.nbytes)
             kind = cpu.numpy_dtype(task.dtype)
             sums = cpu.WeightedSums([weights], len(weights))

@@ -13,6 +13,7 @@ from mergemix.report.tables import add_row
 from mergemix.units import size_text
 
 STAGES = {
+    "start": "loading the kernel",
     "disk_read": "reading the disk",
     "hub_read": "reading the Hub",
     "kernel": "the kernel",

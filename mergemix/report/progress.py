@@ -1,12 +1,21 @@
-"""Progress of a run on a terminal: stage, candidate k of n, best so far, seconds per stage, time left."""
+"""Progress on a terminal. Of a run: stage, candidate k of n, best so far, seconds per stage, time left."""
 
 from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as Bar
 
 from mergemix.evidence import Progress
@@ -68,6 +77,15 @@ class RunProgress:
 
     def _line(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def merge_progress(console: Console, nbytes: int) -> Iterator[Callable[[int], None]]:
+    """A bar for a merge that writes `nbytes`; gives what is to be called with the bytes done since the last call."""
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("merge", total=nbytes)
+        yield lambda done: bar.advance(task, done)
 
 
 def _duration(seconds: float) -> str:

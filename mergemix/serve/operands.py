@@ -10,7 +10,7 @@ import torch
 
 from mergemix.checkpoints.checkpoint import Checkpoint, TensorInfo
 from mergemix.checkpoints.family import Family
-from mergemix.checkpoints.files import check_unchanged
+from mergemix.checkpoints.files import FileIdentity, check_unchanged
 from mergemix.errors import CheckpointError
 from mergemix.serve.coefficients import operands
 from mergemix.serve.dtypes import TORCH_DTYPES
@@ -64,6 +64,7 @@ def _map_tensor(info: TensorInfo, files: dict[str, torch.Tensor]) -> torch.Tenso
 def _map_file(info: TensorInfo) -> torch.Tensor:
     try:
         with info.path.open("rb") as file:
+            assert isinstance(info.file, FileIdentity), "live serving reads local files"
             check_unchanged(info.path, file.fileno(), info.file)
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:

@@ -14,9 +14,11 @@ import torch
 from mergemix.errors import NonFiniteError
 from mergemix.serve.lazy import LazyMerge, Origin
 from mergemix_kernels import reference
-from mergemix_kernels.dispatch import GroupedWeightedSum, pieces
+from mergemix_kernels.dispatch import Group, GroupedWeightedSum, pieces
+from mergemix_kernels.pinned import CudaLanes, Ring, StreamedSum
 
-# Bounds what a swap stages at a time, all operands together, where sources and destination differ in device or dtype.
+# Bounds what a swap stages at a time, all operands together, where sources and destination differ in dtype. Operands
+# that are not on the GPU of their destination go through a ring instead, which has a bound of its own.
 STAGE_BYTES = 256 << 20
 CHECK_ELEMENTS = 1 << 20
 SAMPLE_ELEMENTS = 1 << 16
@@ -49,6 +51,13 @@ class Copy:
             and source.device == self.destination.device
         )
 
+    @property
+    def is_streamed(self) -> bool:
+        """The operands go to the destination's GPU in pieces, and are summed there."""
+        device = self.destination.device
+        outside = any(source.device != device for source in self.sources)
+        return device.type == "cuda" and outside and self.sources[0].is_floating_point()
+
 
 class SwapPlan:
     """Records the first load (it is the lazy tensors' Recorder), then replays it.
@@ -64,8 +73,9 @@ class SwapPlan:
         self.copies: list[Copy] = []
         self.unreplayable: list[str] = []
         self.nbytes = 0
-        self._grouped: list[tuple[Origin, list[Copy], GroupedWeightedSum]] = []
+        self._grouped: list[tuple[Origin, list[Copy], GroupedWeightedSum | StreamedSum]] = []
         self._staged: list[Copy] = []
+        self._rings: dict[torch.device, Ring] = {}
 
     def copied(self, destination: torch.Tensor, lazy: LazyMerge) -> None:
         """Write the merge into `destination` and remember where it came from.
@@ -76,7 +86,7 @@ class SwapPlan:
         """
         views = tuple(view.expand(destination.shape) for view in lazy.views)
         copy = Copy(lazy.origin, destination.detach(), views)
-        _write([copy], self.coefficients)
+        self._write([copy], self.coefficients)
         self._check_finite(copy)
         self.copies.append(copy)
 
@@ -84,7 +94,7 @@ class SwapPlan:
         """The merge as numbers; correct for this load, but a swap cannot follow it."""
         self.unreplayable.append(f"{lazy.origin.name}: {operation} needs the values while loading")
         dense = torch.empty(lazy.shape, dtype=lazy.dtype, device=lazy.device)
-        _write([Copy(lazy.origin, dense, lazy.views)], self.coefficients)
+        self._write([Copy(lazy.origin, dense, lazy.views)], self.coefficients)
         return dense
 
     def seal(self, storages: Iterable[torch.Tensor]) -> None:
@@ -103,14 +113,23 @@ class SwapPlan:
             self.unreplayable.append(f"{name}: its place in the parameter overlaps another tensor's")
         moving = [copy for copy in self.copies if not copy.is_static]
         self.nbytes = sum(copy.nbytes for copy in moving)
-        self._staged = [copy for copy in moving if not copy.is_direct]
-        by_classes: dict[tuple[int, ...], list[Copy]] = {}
+        self._staged = [copy for copy in moving if not copy.is_direct and not copy.is_streamed]
+        alike: dict[tuple[object, ...], list[Copy]] = {}
         for copy in moving:
-            if copy.is_direct:
-                by_classes.setdefault(copy.origin.classes, []).append(copy)
-        for copies in by_classes.values():
-            grouped = GroupedWeightedSum([(copy.sources, [copy.destination]) for copy in copies])
-            self._grouped.append((copies[0].origin, copies, grouped))
+            if copy.is_direct or copy.is_streamed:
+                key = (copy.origin.classes, copy.is_streamed, copy.destination.device)
+                alike.setdefault(key, []).append(copy)
+        for copies in alike.values():
+            groups = [(copy.sources, [copy.destination]) for copy in copies]
+            sums = self._streamed(groups) if copies[0].is_streamed else GroupedWeightedSum(groups)
+            self._grouped.append((copies[0].origin, copies, sums))
+
+    def _streamed(self, groups: Sequence[Group]) -> StreamedSum:
+        """All sums into one GPU share a ring, which stays: vLLM counts it when it measures free memory."""
+        device = groups[0][1][0].device
+        if device not in self._rings:
+            self._rings[device] = Ring(CudaLanes(device))
+        return StreamedSum(groups, self._rings[device])
 
     def bytes_by_storage(self, *, static: bool = False) -> dict[int, int]:
         """Bytes that a swap writes (with `static`: that the load wrote), by the address of the storage."""
@@ -130,7 +149,7 @@ class SwapPlan:
                     copy.destination.copy_(copy.sources[used[0]])
             else:
                 grouped([coefficients])
-        _write(self._staged, coefficients)
+        self._write(self._staged, coefficients)
         self.coefficients = list(coefficients)
 
     def mismatches(self, coefficients: Sequence[float], *, sample: bool) -> list[str]:
@@ -152,6 +171,20 @@ class SwapPlan:
                 if sample:
                     break
         return bad
+
+    def _write(self, copies: Iterable[Copy], coefficients: Sequence[float]) -> None:
+        """Merge into each destination, by the way that its operands' places and types allow."""
+        used = _used(coefficients)
+        staged = []
+        for copy in copies:
+            first = copy.sources[used[0]]
+            if not first.is_floating_point() or _all_equal(copy.origin, used):
+                copy.destination.copy_(first)
+            elif copy.is_streamed:
+                self._streamed([(copy.sources, [copy.destination])])([coefficients])
+            else:
+                staged.append(copy)
+        _write_staged(staged, coefficients)
 
     def _check_finite(self, copy: Copy) -> None:
         source = copy.sources[0]
@@ -178,7 +211,7 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     )
 
 
-def _write(copies: Iterable[Copy], coefficients: Sequence[float]) -> None:
+def _write_staged(copies: Iterable[Copy], coefficients: Sequence[float]) -> None:
     """Merge into each destination, through bounded pieces on its device and in the operands' dtype."""
     used = _used(coefficients)
     weights = [coefficients[k] for k in used]
@@ -195,9 +228,6 @@ def _write(copies: Iterable[Copy], coefficients: Sequence[float]) -> None:
 
     for copy in copies:
         first = copy.sources[used[0]]
-        if not first.is_floating_point() or _all_equal(copy.origin, used):
-            copy.destination.copy_(first)
-            continue
         copies_of_element = first.element_size() * (len(used) + 1)
         limit = max(1, STAGE_BYTES // copies_of_element)
         for *parts, target in pieces([*(copy.sources[k] for k in used), copy.destination], limit):

@@ -222,6 +222,8 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in {**headers, "Content-Length": str(len(body)), **fault.headers}.items():
             if value is not None:
                 self.send_header(key, value)
+        if fault != Fault() and fault.drop_after is None:
+            self.send_header("Connection", "close")  # or the client might meet the end in its next question
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(fault.body(body)[: fault.drop_after])

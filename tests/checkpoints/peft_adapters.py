@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -19,13 +18,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from mergemix.checkpoints.adapter import Adapter, LowRankDelta
-from mergemix.checkpoints.checkpoint import Checkpoint
-from mergemix.checkpoints.header import TensorInfo
-from mergemix.checkpoints.ranges import read_range
-
 VOCAB_SIZE = 40
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def write_base(directory: Path, arch: str = "llama", dtype: str = "float32", seed: int = 0) -> Path:
@@ -52,15 +45,24 @@ def write_base(directory: Path, arch: str = "llama", dtype: str = "float32", see
 
 
 def write_adapter(
-    base: Path, directory: Path, *, seed: int = 1, save: dict[str, Any] | None = None, **settings: Any
+    base: Path,
+    directory: Path,
+    *,
+    autocast: bool = True,
+    size: float = 0.2,
+    save: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> PeftModel:
-    """Wrap the model at `base` with LoRA of these settings, disturb what is trained, save it; the model as saved."""
-    torch.manual_seed(seed)
+    """Wrap the model at `base` with LoRA of these settings, disturb what is trained, save it; the model as saved.
+
+    autocast: PEFT widens half-precision factors to fp32. size: of the disturbance. save: for save_pretrained.
+    """
+    torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_pretrained(base)
-        peft = get_peft_model(model, LoraConfig(**settings))
-        _disturb(peft, 0.2)
+        peft = get_peft_model(model, LoraConfig(**settings), autocast_adapter_dtype=autocast)
+        _disturb(peft, size)
         peft.save_pretrained(directory, **(save or {}))
     return peft.eval()
 
@@ -70,25 +72,3 @@ def _disturb(model: torch.nn.Module, size: float) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += size * torch.randn(parameter.shape).to(parameter.dtype)
-
-
-def adapted(base: Checkpoint, adapter: Adapter) -> dict[str, torch.Tensor]:
-    """What the adapter stands for: every tensor of the adapted model, in fp64."""
-    weights = {}
-    for name, tensor in base.tensors.items():
-        weights[name] = stored(adapter.tensors.get(name, tensor)).double()
-        if name in adapter.deltas:
-            weights[name] = weights[name] + product(adapter.deltas[name])
-    return weights
-
-
-def product(delta: LowRankDelta) -> torch.Tensor:
-    """scale * up @ down in fp64, as it is added to the base's tensor."""
-    matrix = delta.scale * (stored(delta.up).double() @ stored(delta.down).double())
-    return matrix.T if delta.transposed else matrix
-
-
-def stored(tensor: TensorInfo) -> torch.Tensor:
-    """The tensor's own values."""
-    raw = np.frombuffer(read_range(tensor, 0, tensor.nbytes), np.uint8).copy()
-    return torch.from_numpy(raw).view(TORCH_DTYPES[tensor.dtype]).reshape(tensor.shape)

@@ -1,15 +1,22 @@
 """A family opens when its members agree; where they do not, both values and both members are named."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mergemix.checkpoints.family import open_family
+from mergemix.checkpoints.adapter import Adapter
+from mergemix.checkpoints.checkpoint import Checkpoint
+from mergemix.checkpoints.family import Family, open_family
 from mergemix.errors import CheckpointError, ConfigError, FamilyError
 from mergemix.mixture import Mixture
+from tests.checkpoints.adapter_files import factors, product, stored, write_adapter_files
 from tests.tiny import TINY_CONFIG, random_tensors, write_checkpoint
 
 SHAPES: dict[str, tuple[int, ...]] = {"embed": (8, 4), "norm": (4,)}
@@ -121,3 +128,116 @@ def test_a_missing_base_is_told_with_a_sum_that_is_not_one(tmp_path: Path) -> No
     family = open_family(None, {"math": source})
     with pytest.raises(ConfigError, match=r"sum to 0\.99999999, not 1, .*share of 1e-08: give --base"):
         family.coefficients(Mixture(("math",), (0.99999999,)))
+
+
+# What a tensor of a mixture is the sum of, with adapters among the experts.
+
+TOUCHED = {"a.weight": (6, 4), "b.weight": (5, 5), "c.weight": (3, 7), "norm": (4,)}
+WEIGHTS = st.one_of(
+    st.floats(-4, 4), st.just(0.0), st.just(-0.0), st.sampled_from([1e-60, 1 / 3, 2 / 3, 0.5, 1.0, 1e-10])
+)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """Two whole experts; adapters that change a, that change b and replace it, and that replace the norm only."""
+    root = tmp_path_factory.mktemp("mixed")
+    full = {
+        name: random_tensors(TOUCHED, seed, torch.float32)
+        for seed, name in enumerate(("base", "math", "code"))
+    }
+    paths = {name: write_checkpoint(root / name, tensors) for name, tensors in full.items()}
+    replaced = random_tensors(TOUCHED, 7, torch.float32)
+    adapters = {
+        "web": factors("a", (6, 4)),
+        "chat": factors("b", (5, 5), seed=1)
+        | {"b.weight": replaced["b.weight"]}
+        | factors("a", (6, 4), seed=2),
+        "law": {"norm": replaced["norm"]},
+    }
+    for name, tensors in adapters.items():
+        write_adapter_files(root / name, tensors, use_rslora=name == "web")
+    order = ("web", "math", "chat", "law", "code")
+    return open_family(str(paths["base"]), {name: str(root / name) for name in order})
+
+
+def values(member: Checkpoint | Adapter, base: Checkpoint, name: str) -> torch.Tensor:
+    """What a member is at one tensor, in fp64."""
+    result = stored(member.tensors.get(name, base.tensors[name])).double()
+    if isinstance(member, Adapter) and name in member.deltas:
+        result = result + product(member.deltas[name])
+    return result
+
+
+@settings(deadline=None)
+@given(weights=st.tuples(*[WEIGHTS] * 5))
+def test_the_terms_add_up_to_the_mixture(mixed: Family, weights: tuple[float, ...]) -> None:
+    base = mixed.base
+    assert base is not None
+    for name in base.tensors:
+        truth = values(base, base, name)
+        for expert, weight in zip(mixed.experts, weights, strict=True):
+            truth = truth + weight * (values(expert, base, name) - values(base, base, name))
+        terms = mixed.terms(name, Mixture(mixed.names, weights))
+        assert terms.dense
+        parts = [c * stored(tensor).double() for _, tensor, c in terms.dense]
+        parts += [scale / delta.scale * product(delta) for _, delta, scale in terms.low_rank]
+        bound = 1e-6 * sum((part.abs() for part in parts), torch.zeros(())) + 1e-8
+        assert (sum(parts) - truth).abs().le(bound).all()
+
+
+@settings(deadline=None)
+@given(weights=st.tuples(*[WEIGHTS] * 5))
+def test_the_terms_are_rounded_once_and_in_order(mixed: Family, weights: tuple[float, ...]) -> None:
+    whole = {"a.weight": (1, 4), "b.weight": (1, 2, 4), "c.weight": (1, 4), "norm": (1, 3, 4)}
+    low_rank = {"a.weight": (0, 2), "b.weight": (2,)}
+    for name, owners in whole.items():
+        rest = 1 - math.fsum(weights[owner] for owner in owners)
+        shares = [(0, 0.0 if abs(rest) <= 1e-9 else rest), *((owner + 1, weights[owner]) for owner in owners)]
+        terms = mixed.terms(name, Mixture(mixed.names, weights))
+        assert [(member, c) for member, _, c in terms.dense] == [
+            (member, np.float32(c)) for member, c in shares if np.float32(c) != 0
+        ]
+        assert all(tensor is mixed.members[member].tensors[name] for member, tensor, _ in terms.dense)
+        scaled = [
+            (owner + 1, weights[owner] * (8 / math.sqrt(2) if owner == 0 else 4.0))
+            for owner in low_rank.get(name, ())
+        ]
+        assert [(member, scale) for member, _, scale in terms.low_rank] == [
+            (member, np.float32(scale)) for member, scale in scaled if np.float32(scale) != 0
+        ]
+
+
+def test_the_share_of_an_adapter_stays_in_the_base(mixed: Family) -> None:
+    """Also where all weights sum to one, of which a family of whole experts would not read its base."""
+    terms = mixed.terms("a.weight", Mixture(mixed.names, (0.5, 0.25, 0.25, 0.0, 0.0)))
+    assert [(member, c) for member, _, c in terms.dense] == [(0, 0.75), (2, 0.25)]
+    assert [member for member, _, _ in terms.low_rank] == [1, 3]
+    terms = mixed.terms("b.weight", Mixture(mixed.names, (0.5, 0.0, 1.0, 0.0, 0.0)))
+    assert [(member, c) for member, _, c in terms.dense] == [(3, 1.0)]
+
+
+def test_terms_of_whole_experts_are_their_coefficients(tmp_path: Path) -> None:
+    sources = {
+        name: str(write_checkpoint(tmp_path / name, random_tensors(SHAPES, 0)))
+        for name in ("base", "math", "code")
+    }
+    for base in (sources.pop("base"), None):
+        family = open_family(base, sources)
+        mixture = Mixture(family.names, (1 / 3, 2 / 3))
+        shares = {member: c for member, _, c in family.terms("norm", mixture).dense}
+        coefficients = family.coefficients(mixture)
+        assert shares == {member: c for member, c in enumerate(coefficients) if c != 0}
+        assert not family.terms("norm", mixture).low_rank
+
+
+def test_terms_refuse_what_cannot_be_summed(mixed: Family, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the weight of web is .*, beyond the range of fp32"):
+        mixed.terms("a.weight", Mixture(mixed.names, (1e38, 0.0, 0.0, 0.0, 0.0)))
+    with pytest.raises(ConfigError, match=r"the weight of the base is -6e\+38, beyond"):
+        mixed.terms("c.weight", Mixture(mixed.names, (0.0, 3e38, 0.0, 0.0, 3e38)))
+    with pytest.raises(ConfigError, match="the mixture is over math"):
+        mixed.terms("norm", Mixture(("math",), (1.0,)))
+    family = open_family(None, {"math": str(write_checkpoint(tmp_path / "m", random_tensors(SHAPES, 0)))})
+    with pytest.raises(ConfigError, match=r"the weights sum to 0\.5, not 1.*give --base"):
+        family.terms("norm", Mixture(("math",), (0.5,)))

@@ -17,7 +17,15 @@ from kernel_samples import DTYPES, any_bits, as_array, assert_same_bits, guarded
 
 from mergemix_kernels import cpu, cpu_loops, reference
 
-SIZES = [0, 1, 2, 31, cpu_loops.BLOCK_ELEMENTS - 1, cpu_loops.BLOCK_ELEMENTS + 1, 3 * cpu.MIN_RANGE_ELEMENTS + 17]
+SIZES = [
+    0,
+    1,
+    2,
+    31,
+    cpu_loops.BLOCK_ELEMENTS - 1,
+    cpu_loops.BLOCK_ELEMENTS + 1,
+    3 * cpu.MIN_RANGE_ELEMENTS + 17,
+]
 
 
 def run(sources: list[torch.Tensor], weights: list[float], dtype: str) -> torch.Tensor:

@@ -74,7 +74,7 @@ def test_only_the_elements_of_a_strided_out_are_written():
 
 def test_transposed_tensors_need_no_temporaries():
     tensors = [numbers(torch.float32, 600, seed).view(20, 30).t() for seed in range(3)]
-    flat = dispatch._flatten(tensors)
+    flat = dispatch.flatten(tensors)
     assert [view.data_ptr() for view in flat] == [tensor.data_ptr() for tensor in tensors]
 
 

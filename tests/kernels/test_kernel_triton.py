@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mergemix_kernels.triton_kernels import TILE_ELEMENTS as TILE
+from mergemix_kernels import ahead_of_time, tiles
 
 
 def test_in_the_interpreter():
@@ -28,42 +28,51 @@ def test_in_the_interpreter():
     assert "skipped" not in finished.stdout
 
 
-def compile_to_ptx(capability: int, element: str, hint: int) -> str:
-    import triton
-    import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
+@pytest.mark.parametrize("outputs", [1, 8])
+def test_machine_code(capability, outputs):
+    tiling = tiles.tiling_for("", capability, outputs)
+    code = ahead_of_time.compile_for(capability, outputs)
+    ptx, sass = code["ptx"], code["sass"]
+    # Two bytes an element and four; from each source twice, as the first and as the next one.
+    bytes_per_thread = 2 * tiling.elements // (32 * tiling.warps)
+    kinds = 3
+    assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) == 2 * kinds * bytes_per_thread // 16
+    assert len(re.findall(r"st\.global\S*\.v4\.b32", ptx)) == outputs * kinds * bytes_per_thread // 16
+    assert not re.search(r"(ld|st)\.global\S*\.v(2|8)", ptx), (
+        "wide accesses are those of aligned full tiles only"
+    )
+    assert re.search(r"\bLDG\.E\.128", sass)
+    assert re.search(r"\bSTG\.E\.128", sass)
+    assert "fma.rn" not in ptx
+    assert "FFMA" not in sass
+    assert "mul.rn.f32" in ptx, "a product without .rn may be fused by the assembler"
+    assert "add.rn.f32" in ptx
+    assert ".ftz" not in ptx, "subnormals must survive"
+    used = dict(re.findall(r"(\w+):(\d+)", code["resources"]))
+    assert used["STACK"] == used["LOCAL"] == "0", "registers spilled to memory"
+    threads = 32 * tiling.warps * tiling.programs
+    assert int(used["REG"]) * threads <= 65_536, "not all programs of a multiprocessor are resident"
+    assert "bar.sync" not in ptx, "no layout is converted through shared memory"
+    # first tile and SIZE are multiplied in 64 bits: tensors have more than 2**31 elements
+    for elements in (tiling.elements, tiling.elements // 2):
+        assert re.search(rf"shl\.b64\s+%rd\d+, %rd\d+, {elements.bit_length() - 1};", ptx)
 
-    from mergemix_kernels import triton_kernels
 
-    constants = {
-        "ELEMENT": getattr(tl, element),
-        "HINT": hint,
-        "TILE": TILE,
-    }
-    arguments = {"table": "*i64", "row_length": "i32", "tile_group": "*i32", "tile_index": "*i32"}
-    arguments |= {"weights": "*fp32", "order": "*i32", "active": "i32"}
-    signature = arguments | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(fn=triton_kernels.weighted_sum_kernel, signature=signature, constexprs=constants)
-    options = {"num_warps": triton_kernels.NUM_WARPS, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+def test_a_tiling_is_found_by_name_then_by_capability_then_one_for_all(monkeypatch):
+    named = {8: tiles.Tiling(512, 2, 3, "measured")}
+    monkeypatch.setitem(tiles.TILINGS, "Some GPU", named)
+    assert tiles.tiling_for("Some GPU", (9, 0), 5).source == "measured"
+    assert tiles.tiling_for("Other GPU", (9, 0), 1) == tiles.TILINGS[9, 0][1]
+    assert tiles.tiling_for("Other GPU", (9, 0), 2) == tiles.TILINGS[9, 0][4]
+    assert tiles.tiling_for("Other GPU", (9, 0), 8) == tiles.TILINGS[9, 0][8]
+    assert tiles.tiling_for("Other GPU", (7, 5), 1) == tiles.ELSEWHERE[1]
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("element", ["uint16", "float16", "float32"])
-def test_machine_code(capability, element):
-    aligned = compile_to_ptx(capability, element, 16)
-    assert re.search(r"ld\.global\S*\.v4\.b32", aligned), "16-byte loads"
-    assert re.search(r"st\.global\S*\.v4\.b32", aligned), "16-byte stores"
-    unaligned = compile_to_ptx(capability, element, 4 if element == "float32" else 2)
-    assert not re.search(r"(ld|st)\.global\S*\.v[248]", unaligned), "a wide access would fault"
-    for ptx in (aligned, unaligned):
-        assert "fma.rn.f32" not in ptx
-        assert "mul.rn.f32" in ptx, "a product without .rn may be fused by the assembler"
-        assert "add.rn.f32" in ptx
-        assert ".ftz" not in ptx, "subnormals must survive"
-        # tile_index * TILE passes 2**31 in tensors of more elements than that
-        in_64_bits = (
-            rf"mul\.wide\.s32\s+%rd\d+, %r\d+, {TILE};|shl\.b64\s+%rd\d+, %rd\d+, {TILE.bit_length() - 1};"
-        )
-        assert re.search(in_64_bits, ptx), "the offset of a tile must be computed in 64 bits"
+@pytest.mark.parametrize("by_outputs", [*tiles.TILINGS.values(), tiles.ELSEWHERE])
+def test_every_tiling_suits_the_kernel_and_says_where_it_is_from(by_outputs):
+    assert max(by_outputs) == 8
+    for tiling in by_outputs.values():
+        assert tiling.elements & (tiling.elements - 1) == 0
+        assert tiling.elements // 2 >= 32 * tiling.warps * 4, "16 bytes of fp32 per thread"
+        assert tiling.source.startswith(("not measured: ", "measured: "))

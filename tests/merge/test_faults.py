@@ -132,22 +132,23 @@ def test_a_fault_at_any_point_leaves_nothing_or_changes_nothing(
     before, open_files = digests(root / "inputs"), len(os.listdir("/proc/self/fd"))
     faulty = FaultyFiles(fault, call)
     harmless = fault in ("short", "EOPNOTSUPP")
-    failed = complete = False
+    error: MergeMixError | None = None
     with failing(place, faulty):
         try:
             merge_many(family, MIXTURES, root / "outputs" / "out")
-        except MergeMixError as error:
-            failed = True
-            complete = "is complete, but may not survive a power failure" in str(error)
-            assert isinstance(error, CheckpointError if place == "read" else OutputError)
-            assert "\n" not in str(error)
-            assert re.search("inputs/(math|code|web)/model" if place == "read" else "outputs/out", str(error))
+        except MergeMixError as raised:
+            error = raised
+    complete = "is complete, but may not survive a power failure" in str(error)
+    if error is not None:
+        assert isinstance(error, CheckpointError if place == "read" else OutputError)
+        assert "\n" not in str(error)
+        assert re.search("inputs/(math|code|web)/model" if place == "read" else "outputs/out", str(error))
     assert digests(root / "inputs") == before
     assert len(os.listdir("/proc/self/fd")) == open_files
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("mergemix-merge")]
-    assert failed == (faulty.calls > call and not harmless)
+    assert (error is not None) == (faulty.calls > call and not harmless)
     assert not complete or place == "fsync"
-    if failed and not complete:
+    if error is not None and not complete:
         assert os.listdir(root / "outputs") == []
     else:
         assert digests(root / "outputs" / "out") == digests(root / "whole")

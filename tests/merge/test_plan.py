@@ -65,7 +65,9 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
     tensors = {"w": torch.ones(1)}
     names = [f"e{k}" for k in range(MAX_SOURCES + 1)]
     with pytest.raises(ConfigError, match=f"at most {MAX_SOURCES}"):
-        plan_merge(write_family(tmp_path / "many", None, dict.fromkeys(names, tensors)), [Mixture.uniform(names)])
+        plan_merge(
+            write_family(tmp_path / "many", None, dict.fromkeys(names, tensors)), [Mixture.uniform(names)]
+        )
 
 
 def test_a_base_and_64_experts_are_merged_at_once(tmp_path: Path) -> None:
@@ -77,7 +79,11 @@ def test_a_base_and_64_experts_are_merged_at_once(tmp_path: Path) -> None:
 
 def test_several_mixtures_read_the_union_of_what_each_reads(tmp_path: Path) -> None:
     family = tiny_family(tmp_path, with_base=True)
-    mixtures = [Mixture(NAMES, (0.5, 0.0, 0.5)), Mixture(NAMES, (0.5, 0.0, 0.25)), Mixture.one_hot(NAMES, "web")]
+    mixtures = [
+        Mixture(NAMES, (0.5, 0.0, 0.5)),
+        Mixture(NAMES, (0.5, 0.0, 0.25)),
+        Mixture.one_hot(NAMES, "web"),
+    ]
     plan = plan_merge(family, mixtures)
     assert plan.operand_names == ("base", "math", "web")
     assert plan.tasks[0].coefficients == ((0.0, 0.5, 0.5), (0.25, 0.5, 0.25), (0.0, 0.0, 1.0))
