@@ -16,7 +16,7 @@ from benchmarks.common import Timing, time_side_by_side
 from benchmarks.kernel_cases import DTYPES, poisoned_like, same_bits, uneven_weights
 from benchmarks.models import SHAPES
 from mergemix_kernels import ahead_of_time, reference
-from mergemix_kernels.dispatch import Group
+from mergemix_kernels.dispatch import Group, pieces
 from mergemix_kernels.pinned import CudaLanes, Ring, StreamedSum
 from mergemix_kernels.tiles import Tiling
 from mergemix_kernels.weights import MAX_OUTPUTS
@@ -25,29 +25,31 @@ MODEL = SHAPES["16gb"]  # Llama 3 8B: 291 tensors
 DEVICE = torch.device("cuda", 0)
 STREAMED_BYTES = 1 << 29  # of each source on the host
 STREAMED_SOURCES = 4
+CHECKED_ELEMENTS = 1 << 24  # at a time
+TUNED_LAYERS = 4
 time_calls = partial(time_side_by_side, synchronize=torch.cuda.synchronize)
 
 
 def as_row(
-    what: str, provider: str, case: dict[str, Any], nbytes_moved: int, timing: Timing, gb_per_s: float
+    what: str, provider: str, case: dict[str, Any], nbytes_moved: int, timing: Timing, copy_gb_per_s: float
 ) -> dict[str, Any]:
-    """One long-form row. gb_per_s: of the copy that it is measured against."""
+    """One long-form row. copy_gb_per_s: the rate of the copy that it is measured against."""
     row = {"kernel": what, "device": "cuda", "provider": provider} | case | {"bytes_moved": nbytes_moved}
     for quantile in ("median", "p20", "p80"):
         row[f"{quantile}_ms"] = 1e3 * getattr(timing, f"{quantile}_s")
     row["gb_per_s"] = nbytes_moved / timing.median_s / 1e9
-    return row | {"share_of_roofline": row["gb_per_s"] / gb_per_s}
+    return row | {"share_of_roofline": row["gb_per_s"] / copy_gb_per_s}
 
 
-def model_groups(sources: int, outputs: int, dtype: str) -> tuple[list[Group], int]:
-    """A Llama 3 8B's tensors, or those of as many of its layers as fit; and how many layers those are.
+def model_groups(sources: int, outputs: int, dtype: str, most_layers: int) -> tuple[list[Group], int]:
+    """A Llama 3 8B's tensors, with at most so many layers and as many as fit; and how many layers those are.
 
     The sources are windows into one pool, each beginning elsewhere, because K whole models would not fit. No
     two tensors that are summed together share memory, and what is read again is so long after that no cache
     still holds it.
     """
     free = 0.9 * torch.cuda.mem_get_info(DEVICE)[0]
-    for layers in range(MODEL.layers, 0, -1):
+    for layers in range(most_layers, 0, -1):
         counts = [math.prod(shape) for shape in replace(MODEL, layers=layers).tensors().values()]
         places = list(itertools.accumulate((-(-count // 128) * 128 for count in counts), initial=0))
         window = max(counts)  # at least so far apart
@@ -56,7 +58,7 @@ def model_groups(sources: int, outputs: int, dtype: str) -> tuple[list[Group], i
             break
     pool = torch.empty(pool_elements, dtype=DTYPES[dtype], device=DEVICE).normal_()
     merged = poisoned_like(pool[: places[-1]], outputs)
-    groups = [
+    groups: list[Group] = [
         (
             [pool[place + k * window :][:count] for k in range(sources)],
             [out[place : place + count] for out in merged],
@@ -67,43 +69,53 @@ def model_groups(sources: int, outputs: int, dtype: str) -> tuple[list[Group], i
 
 
 def measure_model(
-    dtype: str, sources: int, outputs: int, tilings: Sequence[Tiling | None], roofline: float, repeats: int
+    dtype: str,
+    sources: int,
+    outputs: int,
+    roofline: float,
+    repeats: int,
+    *,
+    tilings: Sequence[Tiling] = (),
+    most_layers: int = MODEL.layers,
 ) -> list[dict[str, Any]]:
-    """One launch over the whole tensor list, by each tiling (None: the one in use), timed in turn.
+    """One launch over the whole tensor list, by each tiling (by default the one in use), timed in turn.
 
     Raises RuntimeError when a tensor is not bit-equal to the reference.
     """
-    from mergemix_kernels.triton_kernels import GroupedWeightedSum
+    from mergemix_kernels.triton_kernels import GroupedWeightedSum, tiling_of
 
-    groups, layers = model_groups(sources, outputs, dtype)
+    groups, layers = model_groups(sources, outputs, dtype, most_layers)
     weights = uneven_weights(sources, outputs)
     elements = sum(outs[0].numel() for _, outs in groups)
     case = {"dtype": dtype, "sources": sources, "outputs": outputs, "elements": elements}
     case |= {"tensors": len(groups), "layers": layers}
-    sums = [GroupedWeightedSum(groups, tiling) for tiling in tilings]
-    for grouped in sums:
+    nbytes_moved = (sources + outputs) * elements * DTYPES[dtype].itemsize
+    calls = {}
+    for tiling in tilings or [tiling_of(DEVICE, outputs)]:
+        calls[tiling] = partial(GroupedWeightedSum(groups, tiling), weights)
         for _, outs in groups:
             for out in outs:
                 out.fill_(float("nan"))
-        grouped(weights)
+        calls[tiling]()
         check_sums(groups, weights)
-    timings = time_calls(
-        {str(i): partial(grouped, weights) for i, grouped in enumerate(sums)}, repeats=repeats
-    )
-    nbytes_moved = (sources + outputs) * elements * DTYPES[dtype].itemsize
-    rows = [as_row("model", "triton", case, nbytes_moved, timing, roofline) for timing in timings.values()]
-    return [row | {"tiling": tiling and asdict(tiling)} for row, tiling in zip(rows, tilings, strict=True)]
+    timings = time_calls({str(tiling): call for tiling, call in calls.items()}, repeats=repeats)
+    return [
+        as_row("model", "triton", case | asdict(tiling), nbytes_moved, timings[str(tiling)], roofline)
+        for tiling in calls
+    ]
 
 
 def check_sums(groups: Sequence[Group], weights: Sequence[Sequence[float]]) -> None:
     """RuntimeError unless every group holds what the reference gives."""
     for sources, outs in groups:
-        for of_output, out in zip(weights, outs, strict=True):
-            expected = reference.weighted_sum([source.to(out.device) for source in sources], of_output)
-            if not same_bits(out, expected):
-                raise RuntimeError(
-                    f"{len(sources)} sources of {out.numel()} {out.dtype} differ from the reference"
-                )
+        for parts in pieces([*sources, *outs], CHECKED_ELEMENTS):
+            for p, of_output in enumerate(weights):
+                out = parts[len(sources) + p]
+                expected = reference.weighted_sum(parts[: len(sources)], of_output)
+                if not same_bits(out, expected.to(out.device)):
+                    raise RuntimeError(
+                        f"a sum of {len(sources)} {out.dtype} sources differs from the reference"
+                    )
 
 
 def measure_streamed(dtype: str, repeats: int) -> list[dict[str, Any]]:
@@ -157,12 +169,16 @@ def tune(
     tilings = list(candidate_tilings())
     rows = []
     for p in outputs:
-        of_output = [measure_model(dtype, k, p, tilings, roofline, repeats) for k in sources]
-        worst = [
-            min(row["share_of_roofline"] for row in of_tiling) for of_tiling in zip(*of_output, strict=True)
+        by_source = [
+            measure_model(dtype, k, p, roofline, repeats, tilings=tilings, most_layers=TUNED_LAYERS)
+            for k in sources
         ]
-        for i in sorted(range(len(tilings)), key=worst.__getitem__, reverse=True):
-            rows += [of_source[i] | {"worst_share": worst[i]} for of_source in of_output]
+        by_tiling = [
+            [row | {"worst_share": min(row["share_of_roofline"] for row in alike)} for row in alike]
+            for alike in zip(*by_source, strict=True)
+        ]
+        for alike in sorted(by_tiling, key=lambda alike: alike[0]["worst_share"], reverse=True):
+            rows += alike
     return rows
 
 

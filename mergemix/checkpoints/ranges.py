@@ -32,6 +32,9 @@ class RangeFile(Protocol):
     def forget(self, offset: int, nbytes: int) -> None:
         """A hint: these bytes are not read again, and need not stay in the system's page cache."""
 
+    def interrupt(self) -> None:
+        """Let reads that wait, perhaps for minutes, for another attempt fail now."""
+
     def close(self) -> None: ...
 
 
@@ -70,6 +73,9 @@ class LocalFile:
         if hasattr(os, "posix_fadvise"):
             with suppress(OSError):
                 os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    def interrupt(self) -> None:
+        """Nothing to do: reads do not wait."""
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -163,6 +169,12 @@ class OpenFiles:
                     file.check_unchanged()
                 finally:
                     file.close()
+
+    def interrupt(self) -> None:
+        """Let reads in other threads that wait for another attempt fail now."""
+        with self._lock:
+            for file in self._files.values():
+                file.interrupt()
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError for a file that changed or vanished since it was opened."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mergemix.checkpoints.files import HubFile
 from mergemix.errors import ConfigError
 from mergemix.merge.plan import MergePlan
 from mergemix_kernels.cpu import thread_count
@@ -12,6 +13,8 @@ from mergemix_kernels.cpu import thread_count
 BLOCK_ALIGNMENT = 4096
 # Larger ones no longer fit the caches between reading, summing and writing; smaller ones cost calls.
 MAX_BLOCK_BYTES = 1 << 20
+# A range read over a network costs a round trip.
+MAX_REMOTE_BLOCK_BYTES = 16 << 20
 WORTHWHILE_BLOCK_BYTES = 256 << 10
 # More workers than cores, so that some wait for the disk while others compute.
 WORKERS_PER_CORE = 4
@@ -48,7 +51,9 @@ def divide_memory(plan: MergePlan, memory_bytes: int) -> Buffers:
             f"bytes of memory for its buffers, but only {memory_bytes} were given: use --memory {minimum} or more"
         )
     budget = max(int(memory_bytes * BUFFER_SHARE), minimum)
-    useful = min(MAX_BLOCK_BYTES, max(_aligned_up(plan.bytes_written // plan.num_outputs), BLOCK_ALIGNMENT))
+    remote = any(isinstance(t.file, HubFile) for task in plan.tasks for t in task.operands)
+    limit = MAX_REMOTE_BLOCK_BYTES if remote else MAX_BLOCK_BYTES
+    useful = min(limit, max(_aligned_up(plan.bytes_written // plan.num_outputs), BLOCK_ALIGNMENT))
     wanted = min(max(4, WORKERS_PER_CORE * thread_count()), MAX_WORKERS)
     workers, block_bytes = 1, BLOCK_ALIGNMENT
     for workers in range(wanted, 0, -1):

@@ -87,7 +87,7 @@ def _run(merge: _Merge, workers: int, progress: Callable[[int], None] | None) ->
         for _ in range(workers):
             pool.submit(work)
         try:
-            while workers:
+            while workers:  # that have not ended yet
                 report = reports.get()
                 if isinstance(report, BaseException):
                     raise report
@@ -95,8 +95,9 @@ def _run(merge: _Merge, workers: int, progress: Callable[[int], None] | None) ->
                     workers -= 1
                 elif progress is not None:
                     progress(report)
-        finally:
+        except BaseException:
             merge.stop()
+            raise
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,9 @@ class _Merge:
         self._differing: set[tuple[str, int]] = set()  # (tensor, output) whose operands are not all equal
 
     def stop(self) -> None:
-        """Give out no more blocks."""
+        """Give out no more blocks, and let waiting reads fail."""
         self._stopped = True
+        self._files.interrupt()
 
     def work(self) -> Iterator[int]:
         """Merge blocks until none is left; yields the bytes of the results of each."""

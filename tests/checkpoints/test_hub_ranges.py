@@ -45,7 +45,7 @@ def hub(tmp_path: Path, storage: bool, monkeypatch: pytest.MonkeyPatch) -> Itera
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that would have been waited between attempts."""
     seconds: list[float] = []
-    monkeypatch.setattr(hub_ranges, "sleep", seconds.append)
+    monkeypatch.setattr(hub_ranges, "sleep", lambda wait, interrupted: seconds.append(wait))
     return seconds
 
 

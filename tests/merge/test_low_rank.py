@@ -118,7 +118,10 @@ def reference_merge(
     """By the rules of the design, from the kernels' torch reference."""
     rest = 1 - sum(weight for name, weight in mixture.as_dict().items() if name in wholes)
     sources = [base, *(wholes[name][tensor] for name in mixture.names if name in wholes)]
-    weights = [0.0 if abs(rest) < 1e-9 else rest, *(mixture.as_dict()[n] for n in mixture.names if n in wholes)]
+    weights = [
+        0.0 if abs(rest) < 1e-9 else rest,
+        *(mixture.as_dict()[n] for n in mixture.names if n in wholes),
+    ]
     module = tensor.removesuffix(".weight")
     left, right, scales = [], [], []
     for name, weight in mixture.as_dict().items():
@@ -137,7 +140,9 @@ def small_family(root: Path, dtype: torch.dtype = torch.bfloat16) -> Family:
     generator = torch.Generator().manual_seed(0)
     base = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
     sources = {
-        name: str(write_lora(root / name, random_factors(generator, {"layer": rank, "wide": 2 * rank}, dtype), 8))
+        name: str(
+            write_lora(root / name, random_factors(generator, {"layer": rank, "wide": 2 * rank}, dtype), 8)
+        )
         for name, rank in (("math", 4), ("code", 8))
     }
     return open_family(str(write_checkpoint(root / "base", base)), sources)
@@ -190,7 +195,9 @@ def test_one_hot_is_the_adapted_model_that_peft_makes(tmp_path: Path, arch: str)
     base = write_base(tmp_path / "base", arch)
     targets = ["c_attn", "c_fc"] if arch == "gpt2" else ["q_proj", "down_proj"]
     targets += ["embed_tokens"] if arch == "llama" else []
-    options = {"fan_in_fan_out": True} if arch == "gpt2" else {"rank_pattern": {"q_proj": 2}, "use_rslora": True}
+    options = (
+        {"fan_in_fan_out": True} if arch == "gpt2" else {"rank_pattern": {"q_proj": 2}, "use_rslora": True}
+    )
     ids = torch.arange(6)[None]
     logits, sources = {}, {}
     for name, rank in (("math", 3), ("code", 5)):
