@@ -35,6 +35,8 @@ from benchmarks.kernel_cases import (
 LARGE_COPY_BYTES = 1 << 29
 COLUMNS = ["kernel", "provider", "dtype", "sources", "outputs", "elements", "median_ms", "p20_ms", "p80_ms"]
 COLUMNS += ["gb_per_s", "share_of_roofline"]
+BEST = ["tile_elements", "warps", "programs", "worst_share"]
+TUNED = ["dtype", "sources", "outputs", *BEST, "median_ms", "share_of_roofline"]
 COPY = "memory_copy"
 PACKAGES = ["mergemix", "numpy", "numba", "torch", "triton"]
 
@@ -152,7 +154,7 @@ def measure_all(options: argparse.Namespace, roofline: float) -> list[dict[str, 
         for dtype in options.dtypes:
             for p in options.outputs:
                 for k in options.sources:
-                    rows += kernel_gpu.measure_model(dtype, k, p, [None], roofline, options.repeats)
+                    rows += kernel_gpu.measure_model(dtype, k, p, roofline, options.repeats)
             rows += kernel_gpu.measure_streamed(dtype, options.repeats)
     return rows
 
@@ -161,23 +163,17 @@ def summary(options: argparse.Namespace, rows: Sequence[dict[str, Any]], rooflin
     """The last line: of every K and P the largest case of ours, and what a tuning found best."""
     line: dict[str, Any] = {"bench": "kernel", "device": options.device, "roofline_gb_per_s": roofline}
     if options.tune:
-        best = {row["outputs"]: row["tiling"] for row in reversed(rows)}
+        best = {row["outputs"]: {name: row[name] for name in BEST} for row in reversed(rows)}
         return line | {"best_tiling": best}
     ours = [row for row in rows if row["provider"] in ("numba", "triton", "streamed", "streamed_and_back")]
     largest = {
         (row["kernel"], row["provider"], row["dtype"], row["sources"], row["outputs"]): row for row in ours
     }
-    columns = (
-        "kernel",
-        "provider",
-        "dtype",
-        "sources",
-        "outputs",
-        "elements",
-        "gb_per_s",
-        "share_of_roofline",
-    )
-    return line | {"largest": [{name: row[name] for name in columns} for row in largest.values()]}
+    columns = ("kernel", "provider", "dtype", "sources", "outputs", "elements", "gb_per_s")
+    shares = ("share_of_roofline", "share_of_copy")
+    return line | {
+        "largest": [{name: row.get(name) for name in (*columns, *shares)} for row in largest.values()]
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -198,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("not bit-equal to the reference, so nothing was timed:", *failures, sep="\n  ", file=sys.stderr)
         return 1
     rows = measure_all(options, roofline)
-    print(format_table(rows, COLUMNS))
+    print(format_table(rows, TUNED if options.tune else COLUMNS))
     if options.out:
         write_results(
             options.out, rows, taken_under | {"measured": True, "roofline_gb_per_s": {device: roofline}}

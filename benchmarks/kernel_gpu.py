@@ -6,7 +6,7 @@ Without a GPU: what the kernel compiled ahead of time shows.
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -100,9 +100,13 @@ def measure_model(
         check_sums(groups, weights)
     timings = time_calls({str(tiling): call for tiling, call in calls.items()}, repeats=repeats)
     return [
-        as_row("model", "triton", case | asdict(tiling), nbytes_moved, timings[str(tiling)], roofline)
+        as_row("model", "triton", case | _as_columns(tiling), nbytes_moved, timings[str(tiling)], roofline)
         for tiling in calls
     ]
+
+
+def _as_columns(tiling: Tiling) -> dict[str, Any]:
+    return {"tile_elements": tiling.elements, "warps": tiling.warps, "programs": tiling.programs}
 
 
 def check_sums(groups: Sequence[Group], weights: Sequence[Sequence[float]]) -> None:

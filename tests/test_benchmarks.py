@@ -63,9 +63,10 @@ def by_provider(rows: list[dict[str, Any]], case: str) -> dict[str, dict[str, An
 
 
 def test_merge_on_disk(disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = "--shape test --experts 3 --mixtures 1 --repeats 1 --many-repeats 1".split()
+    arguments = ["--shape", "test", "--experts", "3", "--mixtures", "1", "--scratch", str(disk)]
+    arguments += ["--repeats", "1", "--many-repeats", "1"]
     out = tmp_path / "results" / "disk.json"
-    assert bench_merge_disk.main([*arguments, "--scratch", str(disk), "--out", str(out)]) == 0
+    assert bench_merge_disk.main([*arguments, "--out", str(out)]) == 0
     last, rows = results(capsys, out)
     assert last["bench"] == "merge_disk"
     assert last["floor_s"].keys() == {"warm", "cold"}

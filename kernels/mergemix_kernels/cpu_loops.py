@@ -26,8 +26,9 @@ from mergemix_kernels.cpu_intrinsics import (
 
 # Elements of each source between two outputs: what the first output read, the others find in a cache.
 BLOCK_ELEMENTS = 2048
-# Sources that are read side by side. With more the processor loses track of where each one is read.
-SIDE_BY_SIDE = 16
+# Sources that are read side by side: lines of more, at the same place in their pages, would push each other
+# out of an 8-way first-level cache.
+SIDE_BY_SIDE = 8
 PREFETCH_BYTES = 1024
 # The right factor of a low-rank product is taken in panels of columns that stay in the second-level cache
 # for all rows of a range; a strip of ROWS rows of the product stays in the first.
@@ -105,7 +106,7 @@ def sum_range(like, item_bytes, sources, weights, starts, outs, begin, end, past
         offset = start * item_bytes
         for p in range(outs.size):
             ahead = PREFETCH_BYTES if p == 0 else 0
-            kept = 0
+            kept = np.int64(0)
             if starts[p + 1] - starts[p] > SIDE_BY_SIDE:
                 totals[:] = np.float32(-0.0)  # neutral: -0.0 + x is x for every x, but +0.0 + -0.0 is +0.0
                 kept = np.int64(totals.ctypes.data)
@@ -201,6 +202,27 @@ def _multiply_strip(scaled, ranks, packed, product):
         )
 
 
+@register_jitable
+def _sum_strip(like, item_bytes, sources, weights, terms, ahead, rows, strip, matrix, product, out):
+    """Rows and columns (begin, end) of one output, as far as they lie in the range; `product` is added to them.
+
+    `matrix` is its number of columns, where in it the sources begin, and the range.
+    """
+    columns, first, flat_begin, flat_end = matrix
+    largest = np.uint32(0)
+    for row in range(rows[0], rows[1]):
+        row_start = row * columns
+        start = max(row_start + strip[0], flat_begin)
+        count = max(min(row_start + strip[1], flat_end) - start, 0)
+        offset = (start - first) * item_bytes
+        addend = np.int64(product[row - rows[0]].ctypes.data) + 4 * (start - row_start - strip[0])
+        seen = _sum_elements(
+            like, item_bytes, sources, weights, terms, offset, ahead, count, 0, addend, out + offset, False
+        )
+        largest = max(largest, seen)
+    return largest
+
+
 @_compiled
 def sum_low_rank_range(
     like, item_bytes, sources, weights, starts, outs, begin, end, left, left_strides, right, scales, first
@@ -213,13 +235,13 @@ def sum_low_rank_range(
     source_table, weight_table = np.int64(sources.ctypes.data), np.int64(weights.ctypes.data)
     ranks, rank_counts = _active_ranks(scales)
     all_ranks, columns = right.shape
-    flat_begin, flat_end = first + begin, first + end
-    first_row, last_row = flat_begin // columns, (flat_end - 1) // columns
+    matrix = (columns, first, first + begin, first + end)
+    first_row, last_row = (first + begin) // columns, (first + end - 1) // columns
     column_begin, column_end = 0, columns
     if first_row == last_row:
-        column_begin, column_end = flat_begin - first_row * columns, flat_end - first_row * columns
-    most_groups = max(1, PANEL_BYTES // (4 * LANES * max(all_ranks, 1)))
-    width = min(most_groups, -(-(column_end - column_begin) // LANES)) * LANES
+        column_begin, column_end = first + begin - first_row * columns, first + end - first_row * columns
+    most_vectors = max(1, PANEL_BYTES // (4 * LANES * max(all_ranks, 1)))
+    width = min(most_vectors, -(-(column_end - column_begin) // LANES)) * LANES
     packed = _line_aligned(width * all_ranks).reshape((width // LANES, all_ranks, LANES))
     product = _line_aligned(ROWS * STRIP_COLUMNS).reshape((ROWS, STRIP_COLUMNS))
     scaled = np.empty((outs.size, all_ranks, ROWS), np.float32)
@@ -228,29 +250,31 @@ def sum_low_rank_range(
         panel_end = min(panel + width, column_end)
         _pack_panel(right, panel, panel_end, packed)
         for row in range(first_row, last_row + 1, ROWS):
+            rows = (row, min(row + ROWS, last_row + 1))
             for p in range(outs.size):
-                _scale_rows(
-                    left, left_strides, row, last_row, scales[p], ranks[p, : rank_counts[p]], scaled[p]
-                )
-            for strip in range(panel, panel_end, STRIP_COLUMNS):
-                strip_end = min(strip + STRIP_COLUMNS, panel_end)
-                vectors = packed[(strip - panel) // LANES : -((panel - strip_end) // LANES)]
+                active = ranks[p, : rank_counts[p]]
+                _scale_rows(left, left_strides, row, last_row, scales[p], active, scaled[p])
+            for strip_begin in range(panel, panel_end, STRIP_COLUMNS):
+                strip = (strip_begin, min(strip_begin + STRIP_COLUMNS, panel_end))
+                vectors = packed[(strip[0] - panel) // LANES : (strip[1] - panel + LANES - 1) // LANES]
                 for p in range(outs.size):
                     _multiply_strip(scaled[p], ranks[p, : rank_counts[p]], vectors, product)
                     addresses, factors = source_table + 8 * starts[p], weight_table + 4 * starts[p]
-                    terms = starts[p + 1] - starts[p]
-                    for m in range(min(ROWS, last_row + 1 - row)):
-                        # What of this row of the strip lies in the range.
-                        row_start = (row + m) * columns
-                        start = max(row_start + strip, flat_begin)
-                        count = max(min(row_start + strip_end, flat_end) - start, 0)
-                        offset = (start - first) * item_bytes
-                        addend = np.int64(product[m].ctypes.data) + 4 * (start - row_start - strip)
-                        seen = _sum_elements(
-                            like, item_bytes, addresses, factors, terms, offset, PREFETCH_BYTES if p == 0 else 0,
-                            count, 0, addend, outs[p] + offset, False,
-                        )  # fmt: skip
-                        largest = max(largest, seen)
+                    terms, ahead = starts[p + 1] - starts[p], PREFETCH_BYTES if p == 0 else 0
+                    seen = _sum_strip(
+                        like,
+                        item_bytes,
+                        addresses,
+                        factors,
+                        terms,
+                        ahead,
+                        rows,
+                        strip,
+                        matrix,
+                        product,
+                        outs[p],
+                    )
+                    largest = max(largest, seen)
     exchange_float_control(callers_control)
     return largest
 

@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mergemix.checkpoints.adapter import Adapter, fingerprint, is_adapter, open_adapter
+from mergemix.checkpoints.adapter_config import read_settings
 from mergemix.checkpoints.checkpoint import Checkpoint, Location
 from mergemix.checkpoints.family import open_family
 from mergemix.config import RunConfig
@@ -132,6 +136,43 @@ def test_an_adapter_means_what_it_means_to_peft(base_of: BaseOf, tmp_path: Path,
         truth = layer.get_delta_weight("default")
         assert truth.abs().max() > 1e-3
         torch.testing.assert_close(product(delta), truth, rtol=0, atol=1e-14)
+
+
+MODULES = [
+    "q_proj",
+    "a.q_proj",
+    "a.xq_proj",
+    "a.q_proj.b",
+    "layers.1.k",
+    "layers.11.k",
+    "a.layers.1.k",
+    "a[0].k",
+]
+KEYS = [
+    "q_proj",
+    "a.q_proj",
+    r"layers\.1\.k",
+    "layers.1.k",
+    "^a.*",
+    "1.k",
+    "q_proj|k",
+    "k$",
+    "a[0].k",
+    ".*",
+    "a.q",
+]
+
+
+@settings(deadline=None, max_examples=50)
+@given(keys=st.lists(st.sampled_from(KEYS), unique=True, max_size=4))
+def test_patterns_match_as_they_do_in_peft(tmp_path_factory: pytest.TempPathFactory, keys: list[str]) -> None:
+    ranks = {key: number + 10 for number, key in enumerate(keys)}
+    directory = write_adapter_files(tmp_path_factory.mktemp("a"), {}, rank_pattern=ranks, alpha_pattern=ranks)
+    _, told = read_settings(directory / "adapter_config.json")
+    for module in MODULES:
+        truth = ranks.get(get_pattern_key(ranks.keys(), module))
+        assert told.rank_of(module) == (truth or 2)
+        assert told.scale_of(module, 4) == (truth or 8) / 4
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -415,9 +456,11 @@ def test_a_head_that_only_claims_to_be_tied_is_refused(base_of: BaseOf, tmp_path
         "tensors": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     }.items():
         write_adapter(base_of("llama_tied"), tmp_path / name, r=2, ensure_weight_tying=True, **settings)
+    fitted(base_of("llama_tied"), shutil.copytree(tmp_path / "deltas", tmp_path / "scaled"))
+    change_config(tmp_path / "scaled", alpha_pattern={"lm_head": 9})
     change_tensors(tmp_path / "deltas", {"lm_head.lora_B.weight": torch.ones(VOCAB_SIZE, 2)})
     change_tensors(tmp_path / "tensors", {"lm_head.weight": torch.ones(VOCAB_SIZE, 16)})
-    for name in ("deltas", "tensors"):
+    for name in ("scaled", "deltas", "tensors"):
         with pytest.raises(FamilyError, match="a head of its own"):
             fitted(base_of("llama_tied"), tmp_path / name)
 

@@ -13,9 +13,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_samples import DTYPES, any_bits, as_array, assert_same_bits, guarded, numbers, weight_lists
+from kernel_samples import (
+    DTYPES,
+    any_bits,
+    as_array,
+    assert_same_bits,
+    guarded,
+    numbers,
+    one_weight,
+    weight_lists,
+)
 
 from mergemix_kernels import cpu, cpu_loops, reference
+from mergemix_kernels.weights import MAX_SOURCES
 
 SIZES = [
     0,
@@ -39,16 +49,86 @@ def run(sources: list[torch.Tensor], weights: list[float], dtype: str) -> torch.
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), count=st.sampled_from(SIZES), make=st.sampled_from([any_bits, numbers]))
 def test_equals_the_reference(dtype, data, count, make):
-    weights = data.draw(weight_lists(9))
+    weights = data.draw(weight_lists(2 * cpu_loops.SIDE_BY_SIDE + 2))
     sources = [make(DTYPES[dtype], count, seed) for seed in range(len(weights))]
     assert_same_bits(run(sources, weights, dtype), reference.weighted_sum(sources, weights))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_64_experts_and_the_base(dtype):
-    sources = [numbers(DTYPES[dtype], 1001, seed) for seed in range(65)]
-    weights = np.random.default_rng(0).dirichlet(np.ones(65)).tolist()
+@pytest.mark.parametrize("count", [65, MAX_SOURCES])
+def test_as_many_sources_as_there_may_be(dtype, count):
+    sources = [numbers(DTYPES[dtype], 1001, seed) for seed in range(count)]
+    weights = np.random.default_rng(0).dirichlet(np.ones(count)).tolist()
     assert torch.equal(run(sources, weights, dtype), reference.weighted_sum(sources, weights))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=40, deadline=None)
+@given(
+    data=st.data(),
+    sources=st.integers(1, 10),
+    outputs=st.integers(1, 5),
+    count=st.sampled_from(SIZES),
+    past_cache=st.booleans(),
+    make=st.sampled_from([any_bits, numbers]),
+)
+def test_several_outputs_wherever_they_begin(dtype, data, sources, outputs, count, past_cache, make):
+    """Each equals a sum of its own, whether or not stores pass the caches; nothing else is written."""
+    weights = [
+        data.draw(
+            st.lists(one_weight, min_size=sources, max_size=sources).filter(lambda w: np.float32(w).any())
+        )
+        for _ in range(outputs)
+    ]
+    held = [make(DTYPES[dtype], count, seed) for seed in range(sources)]
+    around = [torch.full((count + 70,), 7.0).to(DTYPES[dtype]) for _ in range(outputs)]
+    starts = [data.draw(st.integers(0, 33)) for _ in range(outputs)]
+    outs = [memory[start : start + count].fill_(np.nan) for memory, start in zip(around, starts, strict=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "PAST_CACHE_BYTES", 0 if past_cache else 1 << 60)
+        arrays = [as_array(out) for out in outs]
+        finite = cpu.WeightedSums(weights, sources)([as_array(source) for source in held], arrays, dtype)
+    for out, row in zip(outs, weights, strict=True):
+        assert_same_bits(out, reference.weighted_sum(held, row))
+    assert finite == all(bool(out.isfinite().all()) for out in outs)
+    for memory, start in zip(around, starts, strict=True):
+        assert (memory[:start] == 7).all()
+        assert (memory[start + count :] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), count=st.sampled_from(SIZES[1:]), outputs=st.integers(1, 3))
+def test_finite_means_every_element_that_is_written(dtype, data, count, outputs):
+    """Each source is finite; only in the last output does one element overflow."""
+    source = torch.ones(count).to(DTYPES[dtype])
+    outs = [torch.empty_like(source) for _ in range(outputs)]
+    sums = cpu.WeightedSums([[0.5]] * (outputs - 1) + [[2.0]], 1)
+    call = [as_array(source)], [as_array(out) for out in outs], dtype
+    assert sums(*call)
+    source[data.draw(st.integers(0, count - 1))] = (
+        data.draw(st.sampled_from([1, -1])) * 0.75 * torch.finfo(source.dtype).max
+    )
+    assert not sums(*call)
+
+
+def test_one_thread_means_the_calling_one_and_many_may_call(monkeypatch):
+    monkeypatch.setattr(cpu, "thread_count", lambda: 3)
+    monkeypatch.setattr(cpu, "_helper_threads", lambda _: pytest.fail("threads=1 must start none"))
+    sources = [numbers(DTYPES["BF16"], 3 * cpu.MIN_RANGE_ELEMENTS, seed) for seed in range(4)]
+    sums = cpu.WeightedSums([[0.1, 0.2, 0.3, 0.4], [0.7, 0.0, 0.0, 0.3]], 4)
+
+    def call(_: int) -> list[torch.Tensor]:
+        outs = [torch.full_like(sources[0], np.nan) for _ in range(2)]
+        assert sums(
+            [as_array(source) for source in sources], [as_array(out) for out in outs], "BF16", threads=1
+        )
+        return outs
+
+    expected = call(0)
+    with ThreadPoolExecutor(8) as callers:
+        for outs in callers.map(call, range(32)):
+            assert all(map(torch.equal, outs, expected))
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
@@ -70,21 +150,6 @@ def test_every_rounding_case(dtype):
     sources = [high.to(DTYPES[dtype]), (high * 2**-9).to(DTYPES[dtype]), (high * 2**-11).to(DTYPES[dtype])]
     for weights in ([1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [1.0, -1.0, 1.0], [1.5, 1.5, 0.0], [3e38, 0.0, 0.0]):
         assert_same_bits(run(sources, weights, dtype), reference.weighted_sum(sources, weights))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rounding_of_any_float32(dtype):
-    """NaN with any payload included: a GPU's own is 0x7FFFFFFF, which a careless carry makes -0.0.
-
-    Any float32 reaches the rounding as the addend of -0.0: as the right factor of a product of rank 1.
-    """
-    values = any_bits(torch.float32, 1 << 18, 7)
-    values[:4] = torch.tensor([-1, 0x7FFFFFFF, 0x7F800001, 0x7F7FFFFF], dtype=torch.int32).view(torch.float32)
-    one = np.ones((1, 1), np.float32)
-    zeros, (out, _) = torch.full_like(values, -0.0).to(DTYPES[dtype]), guarded(1 << 18, DTYPES[dtype])
-    low_rank = cpu.LowRank(one, values.numpy()[None], one, 0)
-    assert not cpu.WeightedSums([[1.0]], 1)([as_array(zeros)], [as_array(out)], dtype, low_rank=low_rank)
-    assert_same_bits(out, values.to(DTYPES[dtype]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,6 +201,31 @@ def test_refuses(change, message):
     call |= {"out": np.ones(4, np.uint16), "dtype": "BF16"}
     with pytest.raises(ValueError, match=message):
         cpu.weighted_sum(**(call | change))
+
+
+@pytest.mark.parametrize(
+    ("weights", "sources", "outs", "message"),
+    [
+        ([], 0, 0, "at least one output"),
+        ([[1.0]], 2, 1, "1 sources and 1 outs"),
+        ([[1.0], [1.0]], 1, 1, "1 sources and 2 outs"),
+        ([[1.0], [0.0]], 1, 2, "at least one weight"),
+        ([[1.0, 1.0], [1.0]], 2, 2, "one weight per source"),
+    ],
+)
+def test_refuses_numbers_that_do_not_match(weights, sources, outs, message):
+    arrays = list(np.zeros((sources + outs, 4), np.uint16))
+    with pytest.raises(ValueError, match=message):
+        cpu.WeightedSums(weights, len(weights[0]) if weights else 0)(
+            arrays[:sources], arrays[sources:], "BF16"
+        )
+
+
+def test_refuses_outputs_that_would_overwrite_what_others_need():
+    one, two = np.zeros((2, 4), np.uint16)
+    for outs in ([two, two], [one, two]):
+        with pytest.raises(ValueError, match="none may be another, or a source"):
+            cpu.WeightedSums([[1.0], [2.0]], 1)([one], outs, "BF16")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

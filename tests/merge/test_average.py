@@ -118,13 +118,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     [
         "checkpoint,score\ncheckpoint-1,1\none/checkpoint-2,2\ntwo/checkpoint-2,3\n",
         "\ufeffscore,checkpoint\r\n1,checkpoint-1\r\n\r\n2,one/checkpoint-2/\r\n3,./two/checkpoint-2\r\nnan,three\r\n",
-        'checkpoint,score\n"one/checkpoint-1", 1.0\none/checkpoint-2,2e0\n{here}/two/checkpoint-2,3\n',
+        'checkpoint,score\n"one/checkpoint-1", 1.0\n../{name}/one/checkpoint-2,2e0\n{here}/two/checkpoint-2,3\n',
         '{"checkpoint-1": 1, "one/checkpoint-2": 2, "two/checkpoint-2": 3.0, "else": "?"}',
         '\ufeff\n{"one/../one/checkpoint-1": 1, "one/checkpoint-2": "2", "two/checkpoint-2": 3}',
     ],
 )
 def test_scores_are_found_by_name_or_path(run: list[str], text: str) -> None:
-    Path("scores").write_bytes(text.replace("{here}", str(Path.cwd())).encode())
+    Path("scores").write_bytes(
+        text.replace("{here}", str(Path.cwd())).replace("{name}", Path.cwd().name).encode()
+    )
     chosen = select(run, top=2, scores=Path("scores"))
     assert [(each.name, each.score) for each in chosen.taken] == [
         ("one/checkpoint-2", 2),
