@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -142,16 +143,16 @@ def errors(job: Job, merged: Path) -> tuple[float, float]:
     """
     result = OpenModel(merged)
     steps = job.rank * len(job.adapters) + 4  # roundings on the way of a term: scale, two products, sums
-    largest, squares, single_squares = 0.0, 0.0, 0.0
+    shares, squares, single_squares = [], 0.0, 0.0
     for name in sampled_tensors(job.shape):
         exact, magnitude = truth(job, name)
         error = result.rows(name, 0, GATE_ROWS).double() - exact
         allowed = steps * FP32_ROUNDOFF * magnitude * (1 + BF16_ROUNDOFF) + BF16_ROUNDOFF * exact.abs()
-        largest = max(largest, (error.abs() / allowed.clamp_min(TINY)).max().item())
+        shares.append((error.abs() / allowed.clamp_min(TINY)).max().item())
         if not torch.equal(exact, exact.to(torch.bfloat16).double()):  # else it is a copy of the base
             squares += error.square().sum().item()
             single_squares += (exact.to(torch.bfloat16).double() - exact).square().sum().item()
-    return largest, (squares / single_squares) ** 0.5
+    return float(np.max(shares)), (squares / single_squares) ** 0.5  # NaN if any is
 
 
 def correctness_gate(job: Job) -> Rows:
@@ -201,8 +202,9 @@ def measure(job: Job, repeats: int) -> tuple[Rows, Rows]:
     runs = in_turn(calls, repeats)
     rows = []
     for name, found in runs.items():
-        steps = {key: value for key, value in found[0].reported.items() if name == PEFT}
-        rows.append(run_row("warm", name, found, job.moved_bytes) | steps)
+        steps = found[0].reported if name == PEFT else ()
+        medians = {step: float(np.median([run.reported[step] for run in found])) for step in steps}
+        rows.append(run_row("warm", name, found, job.moved_bytes) | medians)
     seconds = {name: [run.seconds for run in found] for name, found in runs.items()}
     what = "seconds, experts written whole / adapters"
     rows.append(ratio_row("warm", what, seconds[DENSE], seconds[OURS]))

@@ -216,6 +216,25 @@ def test_the_gate_sees_a_single_bit(data: st.DataObject, tmp_path_factory: pytes
     assert differing_tensors(root / "merged", experts, weights) == [name]
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, 0.25])
+def test_the_gate_of_adapters_sees_a_wrong_element(wrong: float, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", TINY, 0)
+    adapters = {f"e{k}": write_adapter(tmp_path / f"a{k}", TINY, k, rank=2, alpha=4) for k in range(2)}
+    job = bench_lora.Job(tmp_path, TINY, 2, base, adapters, uneven_weights(list(adapters)), "8MiB")
+    (tmp_path / "merged").mkdir()
+    merged = {
+        name: bench_lora.truth(job, name)[0].to(torch.bfloat16) for name in bench_lora.sampled_tensors(TINY)
+    }
+    save_file(merged, tmp_path / "merged" / "model.safetensors")
+    share, relative = bench_lora.errors(job, tmp_path / "merged")
+    assert 0.5 < share <= 1
+    assert relative == pytest.approx(1)
+
+    merged["model.layers.1.mlp.up_proj.weight"][3, 5] += wrong
+    save_file(merged, tmp_path / "merged" / "model.safetensors")
+    assert not bench_lora.errors(job, tmp_path / "merged")[0] <= 1
+
+
 def test_pages_are_dropped_and_read_back(disk: Path) -> None:
     paths = [disk / "one", disk / "two"]
     for path in paths:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from mergemix_kernels.weights import MAX_OUTPUTS, MAX_SOURCES, active_weights
+from mergemix_kernels.weights import MAX_SOURCES, active_weights
 
 Group = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]  # (K sources, P outs)
 Sums = Callable[[Sequence[Sequence[float]]], None]  # called with weights [P][K]
@@ -159,7 +159,7 @@ class GroupedWeightedSum:
     Args:
         groups: (sources, outs) pairs; the tensors of one are as for `weighted_sum`, and of several outs none
             may overlap another or a source. All groups have the same numbers of sources and of outs (on a GPU
-            at most MAX_OUTPUTS) and one device; dtype, shape and strides may differ between groups. The
+            at most `weights.MAX_OUTPUTS`) and one device; dtype, shape and strides may differ between groups. The
             tensors are kept, and must keep their storage: their addresses are taken once.
 
     On a GPU all groups that are dense in one order of elements share one launch (see `triton_kernels`);
@@ -188,8 +188,6 @@ class GroupedWeightedSum:
     def _check_alike(self, sources: Sequence, outs: Sequence[torch.Tensor], first_outs: Sequence) -> None:
         if not outs:
             raise ValueError("there must be at least one out, but got none")
-        if outs[0].device.type == "cuda" and len(outs) > MAX_OUTPUTS:
-            raise ValueError(f"on a GPU there must be from 1 to {MAX_OUTPUTS} outs, but got {len(outs)}")
         if (len(sources), len(outs)) != self._counts or outs[0].device != first_outs[0].device:
             raise ValueError(
                 "all groups must have one number of sources, one of outs and one device, but got "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mergemix.checkpoints.files import HubFile
 from mergemix.errors import ConfigError
 from mergemix.merge.plan import MergePlan
+from mergemix.units import size_text
 from mergemix_kernels.cpu import thread_count
 
 # Blocks begin and end at multiples of this, in memory and in the files written: what direct writes need.
@@ -48,7 +49,8 @@ def divide_memory(plan: MergePlan, memory_bytes: int) -> Buffers:
     if memory_bytes < minimum:
         raise ConfigError(
             f"merging {len(plan.dense_members)} checkpoints into {plan.num_outputs} needs at least {minimum} "
-            f"bytes of memory for its buffers, but only {memory_bytes} were given: use --memory {minimum} or more"
+            f"bytes ({size_text(minimum)}) of memory for its buffers, but only {memory_bytes} were given: use "
+            f"--memory {minimum} or more"
         )
     budget = max(int(memory_bytes * BUFFER_SHARE), minimum)
     remote = any(isinstance(t.file, HubFile) for task in plan.tasks for t in task.operands)

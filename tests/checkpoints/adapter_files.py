@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mergemix.checkpoints.adapter import Adapter, LowRankDelta
 from mergemix.checkpoints.checkpoint import Checkpoint
+from mergemix.checkpoints.family import open_family
 from mergemix.checkpoints.header import TensorInfo
 from mergemix.checkpoints.ranges import read_range
 
@@ -79,3 +80,12 @@ def stored(tensor: TensorInfo) -> torch.Tensor:
     """The tensor's own values."""
     raw = np.frombuffer(read_range(tensor, 0, tensor.nbytes), np.uint8).copy()
     return torch.from_numpy(raw).view(TORCH_DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+
+def fitted(base: Path, adapter: Path) -> tuple[Checkpoint, Adapter]:
+    """Both opened, as one family."""
+    family = open_family(str(base), {"math": str(adapter)})
+    [expert] = family.experts
+    assert family.base is not None
+    assert isinstance(expert, Adapter)
+    return family.base, expert

@@ -1,11 +1,13 @@
 """Weighted sums plus low-rank products on the CPU: bit-equal to the reference, however a matrix is cut."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_samples import DTYPES, any_bits, as_array, assert_same_bits, guarded, numbers
+from kernel_samples import DTYPES, any_bits, as_array, assert_same_bits, numbers, poisoned
 
 from mergemix_kernels import cpu, cpu_loops, reference
 
@@ -27,19 +29,26 @@ def factors(rows: int, columns: int, ranks: int, outputs: int, make=numbers) -> 
 def run(
     sources, weights, left, right, scales, dtype, cuts=(), threads=None
 ) -> tuple[list[torch.Tensor], bool]:
-    """All outputs, computed in pieces that end at `cuts`, and whether every piece was finite."""
+    """All outputs, computed in pieces that end at `cuts`, and whether every piece was finite.
+
+    Each piece has memory of its own, in which nothing around it may be written.
+    """
     count = sources[0].numel()
-    outs, behind = zip(*(guarded(count, DTYPES[dtype]) for _ in weights), strict=True)
     sums = cpu.WeightedSums(weights, len(sources))
-    arrays, targets = [as_array(s.reshape(-1)) for s in sources], [as_array(out) for out in outs]
+    arrays = [as_array(source.reshape(-1)) for source in sources]
+    outs: list[list[torch.Tensor]] = [[] for _ in weights]
     finite = True
-    edges = [0, *sorted(cuts), count]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in itertools.pairwise([0, *sorted(cuts), count]):
+        memory = poisoned(len(weights), end - begin + 32, dtype=DTYPES[dtype])
+        memory[:, :16] = memory[:, -16:] = 7
         part = cpu.LowRank(left.numpy(), right.numpy(), scales.numpy(), begin)
-        pieces = [array[begin:end] for array in arrays], [target[begin:end] for target in targets]
-        finite &= sums(*pieces, dtype, low_rank=part, threads=threads)
-    assert all((guard == 7).all() for guard in behind)
-    return list(outs), finite
+        targets = [as_array(piece) for piece in memory[:, 16:-16]]
+        finite &= sums([array[begin:end] for array in arrays], targets, dtype, low_rank=part, threads=threads)
+        assert (memory[:, :16] == 7).all()
+        assert (memory[:, -16:] == 7).all()
+        for pieces, piece in zip(outs, memory[:, 16:-16], strict=True):
+            pieces.append(piece)
+    return [torch.cat(pieces) for pieces in outs], finite
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

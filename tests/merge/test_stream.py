@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from mergemix.checkpoints.family import Family
 from mergemix.errors import CheckpointError, FamilyError, NonFiniteError
+from mergemix.merge import stream as stream_module
 from mergemix.merge.plan import plan_merge
 from mergemix.merge.sinks import ParameterSink, SafetensorsSink
 from mergemix.merge.stream import MergeStats, stream
@@ -317,3 +318,18 @@ def test_parameters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     del parameters["norm"]
     with pytest.raises(FamilyError, match=r"'norm' .*no live parameter"):
         ParameterSink(plan, parameters)
+
+
+@pytest.mark.parametrize(("free_memory", "forgotten"), [(1 << 40, False), (100, True)])
+def test_inputs_that_memory_cannot_hold_are_not_left_in_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_memory: int, forgotten: bool
+) -> None:
+    plan = plan_merge(tiny_family(tmp_path), [Mixture.uniform(NAMES)])
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(stream_module, "_free_memory_bytes", lambda: free_memory)
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda file, offset, nbytes, advice: told.append((advice, nbytes))
+    )
+    stream(plan, ParameterSink(plan, poisoned_parameters(plan)))
+    assert {advice for advice, _ in told} == ({os.POSIX_FADV_DONTNEED} if forgotten else set())
+    assert sum(nbytes for _, nbytes in told) == (plan.bytes_read if forgotten else 0)
