@@ -134,14 +134,17 @@ def _text_config(base: Checkpoint) -> Mapping[str, Any]:
 
 
 def _check_whole(adapter: Adapter, base: Checkpoint, tensor: TensorInfo, replaced: TensorInfo) -> None:
-    """A tensor that replaces one of the base's has its shape and dtype."""
+    """A tensor that replaces one of the base's has its shape, and is floating point or not as that is.
+
+    Training in mixed precision leaves whole tensors in fp32 beside a bf16 base: the merge rounds them first.
+    """
     where = f"tensor {shown(replaced.name)}"
     if tensor.shape != replaced.shape:
         raise FamilyError(
             f"{where} differs in shape: {list(tensor.shape)} in {_named(adapter)}, {list(replaced.shape)} in "
             f"{_named(base)}; the adapter was trained on another base, or with a resized vocabulary"
         )
-    if tensor.dtype != replaced.dtype:
+    if tensor.dtype != replaced.dtype and not {tensor.dtype, replaced.dtype} <= FLOATING:
         raise FamilyError(
             f"{where} differs in dtype: {_named(adapter)} holds all of it as {tensor.dtype}, {_named(base)} as "
             f"{replaced.dtype}; convert this tensor of {tensor.path.name} to the base's dtype, or give a base in "

@@ -12,6 +12,7 @@ import numpy as np
 from mergemix.checkpoints.adapter import LowRankDelta
 from mergemix.checkpoints.header import TensorInfo
 from mergemix.checkpoints.ranges import OpenFiles
+from mergemix.merge.convert import widen
 from mergemix.merge.plan import TensorTask
 from mergemix_kernels import cpu
 
@@ -47,7 +48,7 @@ class FactorCache:
         for term in task.low_rank:
             part = slice(begin, begin + term.delta.rank)
             for factor, target in _places(term.delta, left[:, part], right[part]):
-                _widen(self._read(factor), factor, target)
+                widen(self._read(factor), factor.dtype, target)
                 count(factor.nbytes)
             scales[:, part] = np.asarray(term.scales, np.float32)[:, None]
             begin = part.stop
@@ -73,13 +74,3 @@ def _places(
     if delta.transposed:
         return (delta.down, left.T), (delta.up, right.T)
     return (delta.up, left), (delta.down, right)
-
-
-def _widen(data: np.ndarray, factor: TensorInfo, target: np.ndarray) -> None:
-    """target (fp32) = the factor's values, exactly."""
-    if factor.dtype == "BF16":
-        words = target.view(np.uint32)
-        words[...] = data.view(np.uint16).reshape(factor.shape)
-        words <<= 16
-    else:
-        target[...] = data.view({"F16": np.float16, "F32": np.float32}[factor.dtype]).reshape(factor.shape)

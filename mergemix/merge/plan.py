@@ -135,4 +135,4 @@ def _task(
 
 def _bytes_read(task: TensorTask) -> int:
     factors = sum(term.delta.down.nbytes + term.delta.up.nbytes for term in task.low_rank)
-    return task.nbytes * len(task.operands) + factors
+    return sum(tensor.nbytes for tensor in task.operands) + factors

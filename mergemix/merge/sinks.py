@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Protocol
@@ -14,35 +13,13 @@ import numpy as np
 
 from mergemix.checkpoints.checkpoint import Checkpoint
 from mergemix.checkpoints.files import INDEX_NAME
-from mergemix.checkpoints.writer import DirectoryWriter, Shard, index_json, shard_layout, side_files
+from mergemix.checkpoints.writer import DirectoryWriter, index_json, shard_layout, side_files
 from mergemix.errors import FamilyError, OutputError
-from mergemix.merge.plan import MergePlan, TensorTask
+from mergemix.merge.blocks import Block, Piece, shard_blocks, tensor_blocks
+from mergemix.merge.plan import MergePlan
 
 COPY_BYTES = 1 << 20
 RECORD_NAME = "mergemix.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Bytes [begin, begin + nbytes) of a tensor, which lie at `at` in their block."""
-
-    task: TensorTask
-    begin: int
-    nbytes: int
-    at: int
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """What is read, summed and written at a time: pieces without holes between them.
-
-    place: file name ("" for parameters) and offset in it, the same for every output.
-    """
-
-    pieces: tuple[Piece, ...]
-    nbytes: int
-    file: str
-    offset: int
 
 
 class Sink(Protocol):
@@ -104,7 +81,7 @@ class SafetensorsSink:
 
     def blocks(self, block_bytes: int) -> Iterator[Block]:
         for shard in self._shards:
-            yield from _shard_blocks(shard, self._tasks, block_bytes)
+            yield from shard_blocks(shard, self._tasks, block_bytes)
 
     def target(self, block: Block, output: int) -> None:
         return None
@@ -184,31 +161,6 @@ class ParameterSink:
 
     def rewrite(self, piece: Piece, output: int, data: np.ndarray) -> None:
         self._parameters[piece.task.name][piece.begin : piece.begin + piece.nbytes] = data
-
-
-def tensor_blocks(plan: MergePlan, block_bytes: int) -> Iterator[Block]:
-    """Blocks of one piece each, for sinks that keep every tensor apart."""
-    for task in plan.tasks:
-        for begin in range(0, task.nbytes, block_bytes):
-            nbytes = min(block_bytes, task.nbytes - begin)
-            yield Block((Piece(task, begin, nbytes, 0),), nbytes, task.name, begin)
-
-
-def _shard_blocks(shard: Shard, tasks: Mapping[str, TensorTask], block_bytes: int) -> Iterator[Block]:
-    """The data of one file, cut at multiples of block_bytes from its beginning."""
-    begin, pieces, filled = len(shard.header), [], 0
-    for name, tensor_offset in shard.offsets.items():
-        task, done = tasks[name], 0
-        assert tensor_offset == begin + filled, "tensors lie in the file without holes"
-        while done < task.nbytes:
-            nbytes = min(task.nbytes - done, block_bytes - filled)
-            pieces.append(Piece(task, done, nbytes, filled))
-            done, filled = done + nbytes, filled + nbytes
-            if filled == block_bytes:
-                yield Block(tuple(pieces), filled, shard.file, begin)
-                begin, pieces, filled = begin + filled, [], 0
-    if pieces:
-        yield Block(tuple(pieces), filled, shard.file, begin)
 
 
 def _join(directory: str, name: str) -> str:

@@ -18,16 +18,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from mergemix.checkpoints.checkpoint import FLOATING
-from mergemix.checkpoints.header import TensorInfo
+from mergemix.checkpoints.header import DTYPE_BITS
 from mergemix.checkpoints.ranges import OpenFiles
+from mergemix.merge.blocks import Block, Piece, Range, ranges, runs
 from mergemix.merge.buffers import Buffers, divide_memory
+from mergemix.merge.convert import narrow, widen
 from mergemix.merge.factors import FactorCache
 from mergemix.merge.non_finite import non_finite_error
 from mergemix.merge.plan import Coefficients, MergePlan, TensorTask
-from mergemix.merge.sinks import Block, Piece, Sink
+from mergemix.merge.sinks import Sink
 from mergemix_kernels import cpu
 
 HEAD_BYTES = 64
+CONVERTED_ELEMENTS = 1 << 14
 # Inputs and outputs that take more of the free memory than this are not left in the page cache.
 CACHED_SHARE = 0.5
 
@@ -152,7 +155,7 @@ class _Merge:
             buffer[: block.nbytes] if target is None else target
             for buffer, target in zip(results, targets, strict=True)
         ]
-        for pieces in _runs(block.pieces):
+        for pieces in runs(block.pieces):
             self._merge_run(pieces, operands, outs)
         for output, target in enumerate(targets):
             if target is None:
@@ -160,13 +163,24 @@ class _Merge:
 
     def _read_block(self, block: Block, operands: list[np.ndarray]) -> None:
         """Every operand's bytes, each at the place in its buffer that they have in the block."""
-        nbytes_read = 0
         for member, slot in self._slots.items():
-            for tensor, begin, at, nbytes in _ranges(block, member):
-                part = operands[slot][at : at + nbytes]
-                self._files.read_into(tensor, begin, part.data, last=self._forget)
-                nbytes_read += nbytes
-        self._count(nbytes_read)
+            for part in ranges(block, member):
+                self._read(part, operands[slot][part.at : part.at + part.nbytes])
+
+    def _read(self, part: Range, into: np.ndarray) -> None:
+        if part.tensor.dtype == part.dtype:
+            self._files.read_into(part.tensor, part.begin, into.data, last=self._forget)
+            self._count(part.nbytes)
+            return
+        # An adapter's whole tensor of another floating type, as an expert saved in the base's type would hold it.
+        size, given = DTYPE_BITS[part.dtype] // 8, DTYPE_BITS[part.tensor.dtype] // 8
+        for begin in range(0, part.nbytes // size, CONVERTED_ELEMENTS):
+            count = min(CONVERTED_ELEMENTS, part.nbytes // size - begin)
+            data, values = np.empty(count * given, np.uint8), np.empty(count, np.float32)
+            self._files.read_into(part.tensor, (part.begin // size + begin) * given, data.data)
+            widen(data, part.tensor.dtype, values)
+            narrow(values, part.dtype, into[begin * size : (begin + count) * size])
+            self._count(data.nbytes)
 
     def _merge_run(
         self, pieces: Sequence[Piece], operands: list[np.ndarray], outs: Sequence[np.ndarray]
@@ -239,8 +253,7 @@ class _Merge:
             weights = task.coefficients[copied.output]
             tensor = next(t for t, weight in zip(task.operands, weights, strict=True) if weight != 0.0)
             source, result = np.empty(piece.nbytes, np.uint8), np.empty(piece.nbytes, np.uint8)
-            self._files.read_into(tensor, piece.begin, source.data)
-            self._count(piece.nbytes)
+            self._read(Range(tensor, task.dtype, piece.begin, 0, piece.nbytes), source)
             kind = cpu.numpy_dtype(task.dtype)
             sums = cpu.WeightedSums([weights], len(weights))
             if not sums([source.view(kind)] * len(weights), [result.view(kind)], task.dtype, threads=1):
@@ -255,46 +268,6 @@ class _Merge:
         kind = cpu.numpy_dtype(piece.task.dtype)
         if not all(cpu.all_finite(out.view(kind), piece.task.dtype) for out in outs):
             raise non_finite_error(self._plan, piece.task, sources, outs)
-
-
-def _ranges(block: Block, member: int) -> Iterator[tuple[TensorInfo, int, int, int]]:
-    """(tensor, begin in it, place in the block, bytes) of what to read of a member: neighbours in one go."""
-    current: tuple[TensorInfo, int, int, int] | None = None
-    for piece in block.pieces:
-        if member not in piece.task.members:
-            continue
-        tensor = piece.task.operands[piece.task.members.index(member)]
-        if current is not None:
-            first, begin, at, nbytes = current
-            follows = first.offset + begin + nbytes == tensor.offset + piece.begin
-            if first.path == tensor.path and follows and at + nbytes == piece.at:
-                current = (first, begin, at, nbytes + piece.nbytes)
-                continue
-            yield current
-        current = (tensor, piece.begin, piece.at, piece.nbytes)
-    if current is not None:
-        yield current
-
-
-def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Adjacent pieces that one call can sum: of one type, with the same operands and coefficients."""
-    run: list[Piece] = []
-    for piece in pieces:
-        if run and not _alike(run[-1].task, piece.task):
-            yield run
-            run = []
-        run.append(piece)
-    if run:
-        yield run
-
-
-def _alike(one: TensorTask, other: TensorTask) -> bool:
-    return (
-        one.dtype == other.dtype
-        and one.coefficients is other.coefficients
-        and one.members == other.members
-        and not (one.low_rank or other.low_rank)
-    )
 
 
 def _page_aligned(nbytes: int) -> np.ndarray:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from mergemix.errors import ConfigError, EngineError, PoisonedEngineError
+from mergemix.merge.blocks import Block, Piece, tensor_blocks
 from mergemix.merge.plan import MergePlan, plan_merge
-from mergemix.merge.sinks import Block, ParameterSink, Piece, Sink, tensor_blocks
+from mergemix.merge.sinks import ParameterSink, Sink
 from mergemix.merge.stream import stream
 from mergemix.mixture import Mixture
 from mergemix.serve.dtypes import TORCH_DTYPES

@@ -36,7 +36,9 @@ def test_the_division_stays_within_what_was_given(
 
 def test_what_does_not_fit_is_refused_and_what_would_fit_is_told(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, 3, 2)
-    with pytest.raises(ConfigError, match=r"at least 20480 bytes \(20\.5 kB\) .* only 20479 were given: use --memory 20480"):
+    with pytest.raises(
+        ConfigError, match=r"at least 20480 bytes \(20\.5 kB\) .* only 20479 were given: use --memory 20480"
+    ):
         divide_memory(plan, 20479)
     assert divide_memory(plan, 20480).total_bytes == 20480
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mergemix.checkpoints.family import Family, open_family
 from mergemix.errors import ConfigError, NonFiniteError
-from mergemix.merge import merge_many, merge_to_directory
+from mergemix.merge import convert, merge_many, merge_to_directory
 from mergemix.merge import stream as stream_module
 from mergemix.merge.buffers import Buffers, divide_memory
 from mergemix.merge.plan import plan_merge
@@ -215,3 +215,45 @@ def test_one_hot_is_the_adapted_model_that_peft_makes(tmp_path: Path, arch: str)
     parts = [merged(tmp_path / f"{name}-merged") for name in family.names]
     for name, tensor in merged(tmp_path / "half").items():
         assert torch.allclose(tensor, (parts[0][name] + parts[1][name]) / 2, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("base_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("saved_dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_whole_tensor_of_another_type_counts_as_a_saved_expert_s(
+    tmp_path: Path, base_dtype: torch.dtype, saved_dtype: torch.dtype
+) -> None:
+    """Training in mixed precision leaves modules_to_save in fp32 beside a bf16 base."""
+    generator = torch.Generator().manual_seed(1)
+    base = {name: torch.randn(shape, generator=generator).to(base_dtype) for name, shape in SHAPES.items()}
+    saved = {}
+    for name in ("math", "code"):
+        root = write_lora(tmp_path / name, random_factors(generator, {"layer": 3}, saved_dtype), 6)
+        saved[name] = torch.randn(SHAPES["wide.weight"], generator=generator).to(saved_dtype)
+        saved[name][0, :4] = torch.tensor([0.0, -0.0, 1e-30, 6e4])
+        path = root / "adapter_model.safetensors"
+        save_file({**load_file(path), "base_model.model.wide.weight": saved[name]}, path)
+        config = json.loads((root / "adapter_config.json").read_text())
+        (root / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["wide"]}))
+    base_root = write_checkpoint(tmp_path / "base", base)
+    family = open_family(str(base_root), {name: str(tmp_path / name) for name in saved})
+    mixture = Mixture.of(family.names, {"math": 3, "code": 1})
+    stats = merge_to_directory(family, mixture, tmp_path / "merged", memory_bytes=1 << 20)
+    as_saved = [saved[name].to(base_dtype) for name in family.names]
+    expected = reference.weighted_sum(as_saved, mixture.weights)
+    assert torch.equal(bits(merged(tmp_path / "merged")["wide.weight"]), bits(expected))
+    assert stats.bytes_read == plan_merge(family, [mixture]).bytes_read
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_conversions_are_torch_s(dtype: torch.dtype) -> None:
+    name = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[dtype]
+    words = torch.randint(-(2**31), 2**31, (100_000,), generator=torch.Generator().manual_seed(0))
+    values = words.to(torch.int32).view(torch.float32)
+    narrowed = torch.empty(len(values) * dtype.itemsize, dtype=torch.uint8)
+    convert.narrow(values.numpy(), name, narrowed.numpy())
+    finite = ~values.isnan()
+    assert torch.equal(narrowed.view(dtype)[finite], values.to(dtype)[finite])
+    assert narrowed.view(dtype)[~finite].isnan().all()
+    widened = torch.empty_like(values)
+    convert.widen(narrowed.numpy(), name, widened.numpy())
+    assert torch.equal(widened[finite], values.to(dtype).float()[finite])
