@@ -93,7 +93,9 @@ def test_an_adapter_of_another_base_is_refused(made: Path, tmp_path: Path, copy:
     refused(rf"changes tensor '{down}', which .* does not hold.*another base", {down: None})
     refused(r"'norm.weight' differs in shape: \[16\] in .*, \[17\] in", {"norm.weight": torch.ones(17)})
     refused(r"'norm.weight' differs in dtype: .* as F32, .* as I32", {"norm.weight": torch.ones(16).int()})
-    fitted(write_checkpoint(tmp_path / "rounded", {**tensors, "norm.weight": torch.ones(16).bfloat16()}), copy)
+    fitted(
+        write_checkpoint(tmp_path / "rounded", {**tensors, "norm.weight": torch.ones(16).bfloat16()}), copy
+    )
     change_tensors(copy, {"norm.weight": torch.ones(16)})
     refused("one tensor of .* under two names", {"norm.weight": None, "model.norm.weight": torch.ones(16)})
 
