@@ -9,6 +9,7 @@ timed unless our result equals the fp32 reference bit for bit, and mergekit's wi
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -39,11 +40,13 @@ from benchmarks.storage import (
     DISK_READ,
     DISK_WRITE,
     PAGE_CACHE_READ,
+    READ_AND_WRITE,
     best_row,
     disk_rooflines,
     make_cold,
     make_warm,
     read_rate,
+    read_rate_beside_write,
     remove,
     scratch_directory,
     storage_conditions,
@@ -88,11 +91,13 @@ def rooflines(job: Job) -> Rows:
     ]
 
 
-def floor_s(job: Job, rows: Rows, read: str) -> float:
-    """Seconds below which no merge can be: reads and writes overlapped without loss, nothing else to do."""
-    reading = job.read_bytes / best_row(rows, read)["gb_per_s"]
-    writing = job.written_bytes / best_row(rows, DISK_WRITE)["gb_per_s"]
-    return max(reading, writing) / 1e9
+def floors_s(job: Job, rows: Rows) -> dict[str, float]:
+    """Seconds below which no merge can be, warm and cold: reads and writes overlapped, nothing else to do."""
+    rate = {
+        key: best_row(rows, key)["gb_per_s"] * 1e9 for key in (PAGE_CACHE_READ, DISK_WRITE, READ_AND_WRITE)
+    }
+    warm = max(job.read_bytes / rate[PAGE_CACHE_READ], job.written_bytes / rate[DISK_WRITE])
+    return {"warm": warm, "cold": job.read_bytes / rate[READ_AND_WRITE]}
 
 
 def alternate(job: Job, prepare: Callable[[Sequence[Path]], None], repeats: int) -> dict[str, list[ChildRun]]:
@@ -127,31 +132,38 @@ def measure_warm(job: Job, repeats: int) -> tuple[Rows, Rows]:
     ]
 
 
-def measure_cold(job: Job, repeats: int, readers: int, start_s: float) -> tuple[Rows, Rows]:
-    """(rows, verdicts) of merges whose inputs are on the disk only, and of reading these in turn with the merges.
+def measure_cold(job: Job, repeats: int, roofline: Rows, start_s: float) -> tuple[Rows, Rows]:
+    """(rows, verdicts) of merges whose inputs are on the disk only, in turn with reading these alone, and with
+    reading them while as much is written as a merge writes.
 
     The rate of a merge is that of its reads, though it computes, and writes to the same disk, besides.
     start_s: what the command takes before it merges anything.
     """
+    readers, writers = (best_row(roofline, key)["threads"] for key in (DISK_READ, DISK_WRITE))
 
     def read_all() -> float:
         make_cold(job.files)
         return read_rate(job.files, readers)
 
+    def read_and_write() -> float:
+        make_cold(job.files)
+        return read_rate_beside_write(job.files, readers, job.scratch, job.written_bytes, writers)
+
     ours = partial(job.measured, make_cold, job.ours)
-    calls: dict[str, Callable[[], Any]] = {OURS: ours, DISK_READ: read_all}
+    calls: dict[str, Callable[[], Any]] = {OURS: ours, DISK_READ: read_all, READ_AND_WRITE: read_and_write}
     found = in_turn(calls, repeats)
-    runs, disk_rates = found[OURS], found[DISK_READ]
-    rows = [run_row("cold", OURS, runs, job.read_bytes + job.written_bytes)]
-    verdicts = []
-    for part, less_s in (("whole command", 0.0), ("less its start", start_s)):
-        what = f"share of the disk's read rate, {part}"
-        share = None
+    runs = found[OURS]
+    rows, verdicts = [run_row("cold", OURS, runs, job.read_bytes + job.written_bytes)], []
+    for limit, (part, less_s) in itertools.product(
+        (DISK_READ, READ_AND_WRITE), (("whole command", 0.0), ("less its start", start_s))
+    ):
+        what, share = f"share of: {limit}; {part}", None
         if all(run.seconds > less_s for run in runs):  # else the models are too small for this
             rates = [job.read_bytes / (run.seconds - less_s) for run in runs]
-            rows.append(ratio_row("cold", what, rates, disk_rates))
+            rows.append(ratio_row("cold", what, rates, found[limit]))
             share = rows[-1]["median"]
-        verdicts.append(verdict(f"cold: {what}", share, 0.85, at_least=True))
+        if limit == DISK_READ:
+            verdicts.append(verdict(f"cold: {what}", share, 0.85, at_least=True))
     return rows, verdicts
 
 
@@ -185,8 +197,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> tuple[Rows, Rows, dic
     """(rows, verdicts, floors in seconds), printed as they come."""
     job = make_job(options, scratch, options.shape)
     rows = rooflines(job)
-    readers = best_row(rows, DISK_READ)["threads"]
-    floors = {"warm": floor_s(job, rows, PAGE_CACHE_READ), "cold": floor_s(job, rows, DISK_READ)}
+    floors = floors_s(job, rows)
     print(roofline_lines(rows))
     print(", ".join(f"no merge of these files in less than {s:.2f} s {case}" for case, s in floors.items()))
     if failures := correctness_gate(job):
@@ -197,7 +208,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> tuple[Rows, Rows, dic
     for part in (
         lambda: start,
         partial(measure_warm, job, options.repeats),
-        partial(measure_cold, job, options.repeats, readers, start_s),
+        partial(measure_cold, job, options.repeats, rows, start_s),
         partial(measure_many, job, options.mixtures, options.many_repeats),
     ):
         found, shown = part()

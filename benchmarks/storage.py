@@ -24,6 +24,7 @@ READERS = (1, 4, 8)
 WRITERS = (1, 4)
 DISK_READ, DIRECT_READ = "disk read, cold", "disk read, cold, direct"
 PAGE_CACHE_READ, DISK_WRITE = "page-cache read", "disk write, direct, fsync"
+READ_AND_WRITE = "disk read, cold, beside the write of the result"
 COLD_SHARE, WARM_SHARE = 0.01, 0.99  # of a file's pages in memory: at most, at least
 
 
@@ -137,6 +138,18 @@ def write_rate(directory: Path, nbytes: int, writers: int) -> float:
         path.unlink()
 
 
+def read_rate_beside_write(
+    paths: Sequence[Path], readers: int, directory: Path, write_bytes: int, writers: int
+) -> float:
+    """Bytes read per second until both are done: what a merge is bound by on a disk that it reads and writes."""
+    started = time.perf_counter()
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write_rate, directory, write_bytes, writers)
+        read_rate(paths, readers)
+        writing.result()
+    return sum(path.stat().st_size for path in paths) / (time.perf_counter() - started)
+
+
 def disk_rooflines(paths: Sequence[Path], directory: Path, write_bytes: int) -> list[dict[str, Any]]:
     """Rows of what bounds a merge: cold and cached reads of the files, and writes to their disk.
 
@@ -155,6 +168,10 @@ def disk_rooflines(paths: Sequence[Path], directory: Path, write_bytes: int) -> 
         add(PAGE_CACHE_READ, readers, read_rate(paths, readers))
     for writers in WRITERS:
         add(DISK_WRITE, writers, write_rate(directory, write_bytes, writers))
+    readers, writers = (best_row(rows, provider)["threads"] for provider in (DISK_READ, DISK_WRITE))
+    make_cold(paths)
+    rate = read_rate_beside_write(paths, readers, directory, write_bytes, writers)
+    add(READ_AND_WRITE, readers, rate)
     return rows
 
 

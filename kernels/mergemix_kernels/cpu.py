@@ -4,16 +4,17 @@ A dtype is named as in safetensors: "BF16", "F16" or "F32". BF16 and F16 arrays 
 uint16, F32 arrays are float32. Bit-equal to `mergemix_kernels.reference`.
 """
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
-from mergemix_kernels import cpu_loops
+from mergemix_kernels import cpu_native, cpu_tiles
 from mergemix_kernels.weights import active_weights
 
 # The least work worth a thread: below two of these, waking another one costs more than it brings.
@@ -23,14 +24,16 @@ RANGES_PER_THREAD = 4
 # Outputs that no cache would keep anyway are stored past it: a line is then not read before it is written.
 PAST_CACHE_BYTES = 32 << 20
 HEAD_BYTES = 2048  # looked at first of arrays that may be equal
+CHECK_ELEMENTS = 1 << 14
+
+_compare = ctypes.CDLL(None).memcmp  # it releases the GIL
+_compare.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 _NUMPY_DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(np.uint16),
     "F16": np.dtype(np.uint16),
     "F32": np.dtype(np.float32),
 }
-# What stands for a dtype in the compiled loops: the type of a scalar.
-_LIKE = {"BF16": np.uint16(0), "F16": np.int16(0), "F32": np.float32(0)}
 _EXPONENT_BITS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 
 
@@ -90,11 +93,15 @@ def _check_array(array: np.ndarray, count: int, expected: np.dtype, name: str) -
         )
 
 
-def _read_only(array: np.ndarray) -> np.ndarray:
-    """A view that numba always sees as one type, whether the memory may be written or not."""
-    view = array.view()
-    view.flags.writeable = False
-    return view
+def _address(array: np.ndarray) -> int:
+    return array.ctypes.data
+
+
+def _scratch(count: int) -> tuple[np.ndarray, int]:
+    """Memory for `count` float32, uninitialised, and its address: the beginning of a cache line."""
+    memory = np.empty(count + cpu_tiles.LINE_BYTES // 4, np.float32)
+    address = _address(memory)
+    return memory, address + -address % cpu_tiles.LINE_BYTES
 
 
 @dataclass(frozen=True)
@@ -110,8 +117,8 @@ class LowRank:
     scales: np.ndarray  # float32 [P, R]; a rank of scale zero is absent
     first: int
 
-    def arguments(self, outputs: int, count: int) -> tuple:
-        """What `cpu_loops.sum_low_rank_range` takes, checked against P outputs of `count` elements. ValueError."""
+    def check(self, outputs: int, count: int) -> None:
+        """ValueError unless this is an addend for P outputs of `count` elements."""
         shapes = f"left {self.left.shape}, right {self.right.shape}, scales {self.scales.shape}"
         if any(part.dtype != np.float32 or part.ndim != 2 for part in (self.left, self.right, self.scales)):
             raise ValueError(f"low-rank factors and scales must be float32 matrices, but got {shapes}")
@@ -126,16 +133,37 @@ class LowRank:
             )
         if not np.isfinite(self.scales).all():
             raise ValueError(f"low-rank scales must be finite, but got {self.scales.tolist()}")
-        if self.left.flags.c_contiguous:
-            left, strides = self.left.reshape(-1), (ranks, 1)
-        elif self.left.flags.f_contiguous:
-            left, strides = self.left.T.reshape(-1), (1, rows)
-        else:
+        if not (self.left.flags.c_contiguous or self.left.flags.f_contiguous):
             raise ValueError(f"left must be in C or Fortran order, but got strides {self.left.strides}")
         if not self.right.flags.c_contiguous:
             raise ValueError(f"right must be in C order, but got strides {self.right.strides}")
+
+    def loop(self, dtype: str, shared: tuple[int, ...]) -> Callable[[int, int], int]:
+        """`cpu_loops.sum_low_rank_range` of this addend, given the arguments it shares with `sum_range`."""
+        run = cpu_native.loop("sum_low_rank_range", dtype)
+        outputs, all_ranks = self.scales.shape
+        columns = self.right.shape[1]
         scales = np.ascontiguousarray(self.scales)
-        return _read_only(left), strides, _read_only(self.right), _read_only(scales), self.first
+        ranks, counts = np.zeros((outputs, all_ranks), np.int64), np.zeros(outputs, np.int64)
+        for p in range(outputs):
+            active = np.flatnonzero(scales[p])
+            counts[p], ranks[p, : active.size] = active.size, active
+        most_vectors = max(1, cpu_tiles.PANEL_BYTES // (4 * cpu_tiles.LANES * max(all_ranks, 1)))
+        width = min(most_vectors, -(-columns // cpu_tiles.LANES)) * cpu_tiles.LANES
+        strip = cpu_tiles.ROWS * cpu_tiles.STRIP_COLUMNS
+        needed = width * all_ranks + strip + outputs * all_ranks * cpu_tiles.ROWS
+        strides = [stride // 4 for stride in self.left.strides]
+
+        def sum_range(begin: int, end: int) -> int:
+            memory, scratch = _scratch(needed)
+            largest = run(
+                *shared, scratch, begin, end, _address(self.left), *strides, _address(self.right), columns,
+                all_ranks, _address(scales), _address(ranks), _address(counts), self.first, width,
+            )  # fmt: skip
+            del memory  # it had to live until now
+            return largest
+
+        return sum_range
 
 
 class WeightedSums:
@@ -155,6 +183,8 @@ class WeightedSums:
         self._order = np.concatenate([np.array(indices, np.int64) for indices, _ in active])
         self._weights = np.concatenate([values for _, values in active])
         self._starts = np.cumsum([0, *(values.size for _, values in active)], dtype=np.int64)
+        self._most_terms = int(np.diff(self._starts).max())
+        self._tables = (_address(self._weights), _address(self._starts))
 
     def __call__(
         self,
@@ -178,21 +208,28 @@ class WeightedSums:
         count = outs[0].size
         if count == 0:
             return True
-        addresses = np.array([cpu_loops.address_of(source) for source in sources], np.int64)[self._order]
-        targets = np.array([cpu_loops.address_of(out) for out in outs], np.int64)
-        shared = (_LIKE[dtype], outs[0].itemsize, addresses, self._weights, self._starts, targets)
-        if low_rank is None:
-            past_cache = len(outs) * outs[0].nbytes >= PAST_CACHE_BYTES
-
-            def sum_range(begin: int, end: int) -> int:
-                return cpu_loops.sum_range(*shared, begin, end, past_cache)
+        addresses = np.array([_address(source) for source in sources], np.int64)[self._order]
+        targets = np.array([_address(out) for out in outs], np.int64)
+        tables = (_address(addresses), *self._tables, _address(targets))
+        shared = (outs[0].itemsize, *tables, len(outs))
+        if low_rank is not None:
+            low_rank.check(len(outs), count)
+            sum_range = low_rank.loop(dtype, shared)
         else:
-            factors = low_rank.arguments(len(outs), count)
-
-            def sum_range(begin: int, end: int) -> int:
-                return cpu_loops.sum_low_rank_range(*shared, begin, end, *factors)
-
+            sum_range = self._dense_loop(dtype, shared, len(outs) * outs[0].nbytes >= PAST_CACHE_BYTES)
         return max(_over_ranges(sum_range, count, threads)) < _EXPONENT_BITS[dtype]
+
+    def _dense_loop(self, dtype: str, shared: tuple[int, ...], past_cache: bool) -> Callable[[int, int], int]:
+        run = cpu_native.loop("sum_range", dtype)
+        needed = cpu_tiles.BLOCK_ELEMENTS if self._most_terms > cpu_tiles.SIDE_BY_SIDE else 0
+
+        def sum_range(begin: int, end: int) -> int:
+            memory, scratch = _scratch(needed)
+            largest = run(*shared, scratch, begin, end, past_cache)
+            del memory  # it had to live until now
+            return largest
+
+        return sum_range
 
     def _check(self, sources: Sequence[np.ndarray], outs: Sequence[np.ndarray], expected: np.dtype) -> None:
         outputs = self._starts.size - 1
@@ -208,7 +245,7 @@ class WeightedSums:
         for k, source in enumerate(sources):
             _check_array(source, outs[0].size, expected, f"source {k}")
         if outputs > 1 and outs[0].size > 0:
-            held = [cpu_loops.address_of(array) for array in (*outs, *sources)]
+            held = [_address(array) for array in (*outs, *sources)]
             if len(set(held)) < outputs + len(set(held[outputs:])):
                 raise ValueError("of several outs none may be another, or a source")
 
@@ -227,15 +264,16 @@ def bitwise_equal(sources: Sequence[np.ndarray]) -> bool:
     """
     for k, source in enumerate(sources):
         _check_array(source, sources[0].size, sources[0].dtype, f"source {k}")
-    first, *others = [source.view(np.uint8) for source in sources] or [np.empty(0, np.uint8)]
+    first, *others = sources or [np.empty(0, np.uint8)]
+
+    def same(other: np.ndarray, begin: int, end: int) -> bool:
+        return _compare(_address(first) + begin, _address(other) + begin, end - begin) == 0
+
     # Arrays that differ mostly do so at once: look at all their heads before reading any to the end.
-    if not all(cpu_loops.equal_range(first[:HEAD_BYTES], other[:HEAD_BYTES]) for other in others):
-        return False
-
-    def equals_first(other: np.ndarray) -> bool:
-        return all(_over_ranges(lambda i, j: cpu_loops.equal_range(first[i:j], other[i:j]), first.size))
-
-    return all(equals_first(other) for other in others)
+    head = min(HEAD_BYTES, first.nbytes)
+    return all(same(other, 0, head) for other in others) and all(
+        all(_over_ranges(partial(same, other), first.nbytes)) for other in others
+    )
 
 
 def all_finite(values: np.ndarray, dtype: str) -> bool:
@@ -246,6 +284,9 @@ def all_finite(values: np.ndarray, dtype: str) -> bool:
     _check_array(values, values.size, numpy_dtype(dtype), "values")
     bits = values.view(np.uint32) if dtype == "F32" else values
     exponent = bits.dtype.type(_EXPONENT_BITS[dtype])
-    return all(
-        _over_ranges(lambda begin, end: cpu_loops.finite_range(bits[begin:end], exponent), values.size)
-    )
+
+    def finite(begin: int, end: int) -> bool:
+        parts = (bits[i : min(i + CHECK_ELEMENTS, end)] for i in range(begin, end, CHECK_ELEMENTS))
+        return not any(((part & exponent) == exponent).any() for part in parts)
+
+    return all(_over_ranges(finite, values.size))

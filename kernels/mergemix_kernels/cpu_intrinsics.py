@@ -17,9 +17,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LANES = 32  # one cache line of 16-bit elements; LLVM spreads it over the registers that the machine has
-LINE_BYTES = 64
-ROWS = 4  # rows of a low-rank product that are computed together, from one load of its right factor
+from mergemix_kernels.cpu_tiles import LANES, LINE_BYTES, ROWS
 
 _ON_X86 = platform.machine() in ("x86_64", "AMD64")
 _FLOAT, _HALF, _WORD, _SHORT, _BYTE = (
@@ -185,6 +183,34 @@ def _weighted_sums(lanes: int, *, past_cache: bool = False) -> Callable:
 sum_vectors = _weighted_sums(LANES)
 sum_vectors_past_cache = _weighted_sums(LANES, past_cache=True)
 sum_scalars = _weighted_sums(1)
+
+
+def _element(element: types.Type) -> tuple[Callable, Callable]:
+    """Intrinsics that load and store element `index` of the table at `address`. Arrays would need numba at run time."""
+
+    def place(context, builder, address, index):
+        return builder.gep(builder.inttoptr(address, context.get_value_type(element).as_pointer()), [index])
+
+    @intrinsic
+    def load(typing_context, address, index):
+        def generate(context, builder, signature, arguments):
+            return builder.load(place(context, builder, *arguments))
+
+        return element(types.int64, types.int64), generate
+
+    @intrinsic
+    def store(typing_context, address, index, value):
+        def generate(context, builder, signature, arguments):
+            builder.store(arguments[2], place(context, builder, *arguments[:2]))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, element), generate
+
+    return load, store
+
+
+load_int64, _ = _element(types.int64)
+load_float32, store_float32 = _element(types.float32)
 
 
 @intrinsic

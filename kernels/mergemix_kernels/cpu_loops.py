@@ -3,69 +3,40 @@
 # Numba infers the types of all that is compiled here.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import os
-from collections.abc import Callable
-from contextlib import suppress
-
 import numba
 import numpy as np
+from numba import types
 from numba.extending import register_jitable
 
 from mergemix_kernels.cpu_intrinsics import (
     IEEE_CONTROL,
-    LANES,
-    LINE_BYTES,
-    ROWS,
     exchange_float_control,
+    load_float32,
+    load_int64,
     outer_products,
+    store_float32,
     stores_done,
     sum_scalars,
     sum_vectors,
     sum_vectors_past_cache,
 )
+from mergemix_kernels.cpu_tiles import (
+    BLOCK_ELEMENTS,
+    LANES,
+    LINE_BYTES,
+    PREFETCH_BYTES,
+    ROWS,
+    SIDE_BY_SIDE,
+    STRIP_COLUMNS,
+)
 
-# Elements of each source between two outputs: what the first output read, the others find in a cache.
-BLOCK_ELEMENTS = 2048
-# Sources that are read side by side: lines of more, at the same place in their pages, would push each other
-# out of an 8-way first-level cache.
-SIDE_BY_SIDE = 8
-PREFETCH_BYTES = 1024
-# The right factor of a low-rank product is taken in panels of columns that stay in the second-level cache
-# for all rows of a range; a strip of ROWS rows of the product stays in the first.
-PANEL_BYTES = 1 << 18
-STRIP_COLUMNS = 512
-
-
-def _compiled(function: Callable) -> Callable:
-    """Compile on first use, without the GIL, and keep the machine code on disk where that is possible."""
-    options = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
-    try:
-        dispatcher = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # neither beside the source nor in the user's cache directory may be written
-        return numba.njit(**options)(function)
-    machine_code = dispatcher._cache
-    save = machine_code.save_overload
-
-    def save_if_possible(signature, compiled):
-        """Numba saves during the first call, which must not fail because a disk is full."""
-        try:
-            save(signature, compiled)
-        except OSError:
-            # The index is written first. Without its data it could name a file left by an older source.
-            with suppress(OSError):
-                os.unlink(machine_code._cache_file._index_path)
-
-    machine_code.save_overload = save_if_possible
-    return dispatcher
+# The type that stands for a format: see `cpu_intrinsics`.
+LIKE = {"BF16": np.uint16(0), "F16": np.int16(0), "F32": np.float32(0)}
+OPTIONS = {"boundscheck": False, "error_model": "numpy"}
+_jitable = register_jitable(**OPTIONS)
 
 
-@_compiled
-def address_of(array):
-    """Where the first element is. Far quicker than asking numpy."""
-    return array.ctypes.data
-
-
-@register_jitable
+@_jitable
 def _sum_elements(
     like, item_bytes, sources, weights, terms, offset, ahead, count, totals, addend, out, past_cache
 ):
@@ -87,122 +58,106 @@ def _sum_elements(
     )
 
 
-@_compiled
-def sum_range(like, item_bytes, sources, weights, starts, outs, begin, end, past_cache):
+@_jitable
+def sum_range(
+    like,
+    item_bytes,
+    source_table,
+    weight_table,
+    start_table,
+    out_table,
+    outputs,
+    scratch,
+    begin,
+    end,
+    past_cache,
+):
     """For every output p and begin <= i < end: outs[p][i] = sum over n of weights[n] * sources[n][i].
 
-    n runs from starts[p] to starts[p + 1]; `sources` and `outs` hold addresses. Returns the largest magnitude
+    n runs from starts[p] to starts[p + 1]. All tables are addresses: of int64 (sources and outs are addresses
+    too), or float32 (weights). `scratch` is the address of BLOCK_ELEMENTS float32. Returns the largest magnitude
     written, as bits. With `past_cache` stores leave the caches as they are, where alignment allows that.
     """
     callers_control = exchange_float_control(np.uint32(IEEE_CONTROL))
-    source_table, weight_table = np.int64(sources.ctypes.data), np.int64(weights.ctypes.data)
-    totals = np.empty(BLOCK_ELEMENTS, np.float32)
     largest = np.uint32(0)
     # Up to where the first output can be stored past the cache: whole lines.
-    head = (-(outs[0] + begin * item_bytes) % LINE_BYTES) // item_bytes if past_cache else 0
+    head = (
+        (-(load_int64(out_table, 0) + begin * item_bytes) % LINE_BYTES) // item_bytes
+        if past_cache != 0
+        else 0
+    )
     start = begin
     while start < end:
         count = min(head if start == begin and head > 0 else BLOCK_ELEMENTS, end - start)
         offset = start * item_bytes
-        for p in range(outs.size):
+        for p in range(outputs):
+            first, last = load_int64(start_table, p), load_int64(start_table, p + 1)
             ahead = PREFETCH_BYTES if p == 0 else 0
-            kept = np.int64(0)
-            if starts[p + 1] - starts[p] > SIDE_BY_SIDE:
-                totals[:] = np.float32(-0.0)  # neutral: -0.0 + x is x for every x, but +0.0 + -0.0 is +0.0
-                kept = np.int64(totals.ctypes.data)
-            for n in range(starts[p], starts[p + 1], SIDE_BY_SIDE):
-                terms = min(SIDE_BY_SIDE, starts[p + 1] - n)
-                out = outs[p] + offset if n + terms == starts[p + 1] else 0
+            totals = np.int64(0)
+            if last - first > SIDE_BY_SIDE:
+                totals = scratch
+                for i in range(count):  # neutral: -0.0 + x is x for every x, but +0.0 + -0.0 is +0.0
+                    store_float32(totals, i, np.float32(-0.0))
+            for n in range(first, last, SIDE_BY_SIDE):
+                terms = min(SIDE_BY_SIDE, last - n)
+                out = load_int64(out_table, p) + offset if n + terms == last else 0
                 addresses, factors = source_table + 8 * n, weight_table + 4 * n
                 seen = _sum_elements(
-                    like,
-                    item_bytes,
-                    addresses,
-                    factors,
-                    terms,
-                    offset,
-                    ahead,
-                    count,
-                    kept,
-                    0,
-                    out,
-                    past_cache,
-                )
+                    like, item_bytes, addresses, factors, terms, offset, ahead, count, totals, 0, out,
+                    past_cache != 0,
+                )  # fmt: skip
                 largest = max(largest, seen)
         start += count
-    if past_cache:
+    if past_cache != 0:
         stores_done()
     exchange_float_control(callers_control)
     return largest
 
 
-@register_jitable
-def _line_aligned(count):
-    """`count` float32s, uninitialised, that begin with a cache line."""
-    memory = np.empty(count + LINE_BYTES // 4, np.float32)
-    skipped = (-np.int64(memory.ctypes.data) % LINE_BYTES) // 4
-    return memory[skipped : skipped + count]
-
-
-@register_jitable
-def _pack_panel(right, begin, end, packed):
+@_jitable
+def _pack_panel(right, columns, all_ranks, begin, end, packed):
     """packed[g, r] = LANES columns of right[r], from begin + g * LANES on; zeros stand for those from `end`.
 
     So the columns of a vector are neighbours for all ranks, whatever the distance between rows of `right`.
     """
-    for group in range(packed.shape[0]):
+    for group in range((end - begin + LANES - 1) // LANES):
         start = begin + group * LANES
-        for r in range(packed.shape[1]):
-            part, vector = right[r, start : min(start + LANES, end)], packed[group, r]
-            for lane in range(part.size):
-                vector[lane] = part[lane]
-            for lane in range(part.size, LANES):
-                vector[lane] = np.float32(0)
+        count = min(LANES, end - start)
+        for r in range(all_ranks):
+            vector = packed + 4 * LANES * (group * all_ranks + r)
+            for lane in range(count):
+                store_float32(vector, lane, load_float32(right, r * columns + start + lane))
+            for lane in range(count, LANES):
+                store_float32(vector, lane, np.float32(0))
 
 
-@register_jitable
-def _active_ranks(scales):
-    """Per output, the ranks whose scale is not zero, in order, and how many they are."""
-    ranks, counts = np.empty(scales.shape, np.int64), np.zeros(scales.shape[0], np.int64)
-    for p in range(scales.shape[0]):
-        for r in range(scales.shape[1]):
-            if scales[p, r] != 0:
-                ranks[p, counts[p]] = r
-                counts[p] += 1
-    return ranks, counts
-
-
-@register_jitable
-def _scale_rows(left, left_strides, row, last_row, scales, ranks, scaled):
+@_jitable
+def _scale_rows(left, row_stride, rank_stride, row, last_row, scales, ranks, count, scaled):
     """scaled[n, m] = scale of ranks[n] times its element in row + m, where rows after `last_row` repeat it."""
-    row_stride, rank_stride = left_strides
     for m in range(ROWS):
         start = min(row + m, last_row) * row_stride
-        for n in range(ranks.size):
-            scaled[n, m] = scales[ranks[n]] * left[start + ranks[n] * rank_stride]
+        for n in range(count):
+            rank = load_int64(ranks, n)
+            value = load_float32(scales, rank) * load_float32(left, start + rank * rank_stride)
+            store_float32(scaled, n * ROWS + m, value)
 
 
-@register_jitable
-def _multiply_strip(scaled, ranks, packed, product):
-    """product = ROWS rows of the low-rank product in the packed columns.
+@_jitable
+def _multiply_strip(scaled, ranks, count, packed, all_ranks, groups, product):
+    """product = ROWS rows of the low-rank product in `groups` vectors of packed columns, rows of STRIP_COLUMNS.
 
     Without ranks it is -0.0, which changes no sum: -0.0 + x is x for every x.
     """
-    if ranks.size == 0:
-        product[:] = np.float32(-0.0)
+    if count == 0:
+        for i in range(ROWS * STRIP_COLUMNS):
+            store_float32(product, i, np.float32(-0.0))
         return
-    for group in range(packed.shape[0]):
-        outer_products(
-            np.int64(scaled.ctypes.data),
-            np.int64(packed.ctypes.data) + group * packed.strides[0],
-            np.int64(ranks.ctypes.data),
-            ranks.size,
-            np.int64(product.ctypes.data) + group * LANES * product.itemsize,
-            product.strides[0],
-        )
+    for group in range(groups):
+        columns = packed + group * 4 * LANES * all_ranks
+        outer_products(scaled, columns, ranks, count, product + group * 4 * LANES, 4 * STRIP_COLUMNS)
 
 
-@register_jitable
+@_jitable
 def _sum_strip(like, item_bytes, sources, weights, terms, ahead, rows, strip, matrix, product, out):
     """Rows and columns (begin, end) of one output, as far as they lie in the range; `product` is added to them.
 
@@ -215,7 +170,7 @@ def _sum_strip(like, item_bytes, sources, weights, terms, ahead, rows, strip, ma
         start = max(row_start + strip[0], flat_begin)
         count = max(min(row_start + strip[1], flat_end) - start, 0)
         offset = (start - first) * item_bytes
-        addend = np.int64(product[row - rows[0]].ctypes.data) + 4 * (start - row_start - strip[0])
+        addend = product + 4 * ((row - rows[0]) * STRIP_COLUMNS + start - row_start - strip[0])
         seen = _sum_elements(
             like, item_bytes, sources, weights, terms, offset, ahead, count, 0, addend, out + offset, False
         )
@@ -223,87 +178,87 @@ def _sum_strip(like, item_bytes, sources, weights, terms, ahead, rows, strip, ma
     return largest
 
 
-@_compiled
+@_jitable
 def sum_low_rank_range(
-    like, item_bytes, sources, weights, starts, outs, begin, end, left, left_strides, right, scales, first
-):
+    like, item_bytes, source_table, weight_table, start_table, out_table, outputs, scratch, begin, end,
+    left, row_stride, rank_stride, right, columns, all_ranks, scale_table, rank_table, rank_counts, first, width,
+):  # fmt: skip
     """As `sum_range`, plus a low-rank product, for elements first + begin to first + end of a matrix.
 
-    left[i * left_strides[0] + r * left_strides[1]] and right[r, j] are its factors; `scales` is [P, R].
+    left[i * row_stride + r * rank_stride] and right[r, j] are its factors (addresses of float32). `scale_table` is
+    float32 [P, R], `rank_table` int64 [P, R]: of each output the ranks that it has, of which there are
+    rank_counts[p]. `width`: columns of a panel, whole vectors. `scratch` begins with a cache line, and holds
+    width * R + ROWS * STRIP_COLUMNS + P * R * ROWS float32.
     """
     callers_control = exchange_float_control(np.uint32(IEEE_CONTROL))
-    source_table, weight_table = np.int64(sources.ctypes.data), np.int64(weights.ctypes.data)
-    ranks, rank_counts = _active_ranks(scales)
-    all_ranks, columns = right.shape
     matrix = (columns, first, first + begin, first + end)
     first_row, last_row = (first + begin) // columns, (first + end - 1) // columns
     column_begin, column_end = 0, columns
     if first_row == last_row:
         column_begin, column_end = first + begin - first_row * columns, first + end - first_row * columns
-    most_vectors = max(1, PANEL_BYTES // (4 * LANES * max(all_ranks, 1)))
-    width = min(most_vectors, -(-(column_end - column_begin) // LANES)) * LANES
-    packed = _line_aligned(width * all_ranks).reshape((width // LANES, all_ranks, LANES))
-    product = _line_aligned(ROWS * STRIP_COLUMNS).reshape((ROWS, STRIP_COLUMNS))
-    scaled = np.empty((outs.size, all_ranks, ROWS), np.float32)
+    packed = scratch
+    product = packed + 4 * width * all_ranks
+    scaled = product + 4 * ROWS * STRIP_COLUMNS
     largest = np.uint32(0)
     for panel in range(column_begin, column_end, width):
         panel_end = min(panel + width, column_end)
-        _pack_panel(right, panel, panel_end, packed)
+        _pack_panel(right, columns, all_ranks, panel, panel_end, packed)
         for row in range(first_row, last_row + 1, ROWS):
             rows = (row, min(row + ROWS, last_row + 1))
-            for p in range(outs.size):
-                active = ranks[p, : rank_counts[p]]
-                _scale_rows(left, left_strides, row, last_row, scales[p], active, scaled[p])
+            for p in range(outputs):
+                table = 8 * all_ranks * p
+                _scale_rows(
+                    left, row_stride, rank_stride, row, last_row, scale_table + table // 2, rank_table + table,
+                    load_int64(rank_counts, p), scaled + ROWS * table // 2,
+                )  # fmt: skip
             for strip_begin in range(panel, panel_end, STRIP_COLUMNS):
                 strip = (strip_begin, min(strip_begin + STRIP_COLUMNS, panel_end))
-                vectors = packed[(strip[0] - panel) // LANES : (strip[1] - panel + LANES - 1) // LANES]
-                for p in range(outs.size):
-                    _multiply_strip(scaled[p], ranks[p, : rank_counts[p]], vectors, product)
-                    addresses, factors = source_table + 8 * starts[p], weight_table + 4 * starts[p]
-                    terms, ahead = starts[p + 1] - starts[p], PREFETCH_BYTES if p == 0 else 0
+                vectors = packed + 4 * (strip[0] - panel) * all_ranks
+                groups = (strip[1] - strip[0] + LANES - 1) // LANES
+                for p in range(outputs):
+                    table = 8 * all_ranks * p
+                    _multiply_strip(
+                        scaled + ROWS * table // 2, rank_table + table, load_int64(rank_counts, p), vectors,
+                        all_ranks, groups, product,
+                    )  # fmt: skip
+                    begin_term = load_int64(start_table, p)
+                    addresses, factors = source_table + 8 * begin_term, weight_table + 4 * begin_term
+                    terms = load_int64(start_table, p + 1) - begin_term
+                    ahead = PREFETCH_BYTES if p == 0 else 0
                     seen = _sum_strip(
-                        like,
-                        item_bytes,
-                        addresses,
-                        factors,
-                        terms,
-                        ahead,
-                        rows,
-                        strip,
-                        matrix,
-                        product,
-                        outs[p],
-                    )
+                        like, item_bytes, addresses, factors, terms, ahead, rows, strip, matrix, product,
+                        load_int64(out_table, p),
+                    )  # fmt: skip
                     largest = max(largest, seen)
     exchange_float_control(callers_control)
     return largest
 
 
-# In the two loops below each block is sliced, and walked from its zero, because numba handles negative
-# indices otherwise, and LLVM then does not vectorise (ten times slower).
+def compile_loop(name: str, dtype: str) -> tuple[str, int, bytes]:
+    """The symbol, number of arguments and object code of one of the loops above for a dtype ("BF16" ...).
 
+    It is called in numba's own convention: (uint32 *result, void **exception, int64 ...), the loop's arguments
+    after `like`; it calls nothing outside of itself.
+    """
+    like = LIKE[dtype]
 
-@_compiled
-def equal_range(left, right):
-    """Whether two byte arrays of one length are equal; stops at the first block that is not."""
-    for start in range(0, left.size, BLOCK_ELEMENTS):
-        left_block, right_block = left[start : start + BLOCK_ELEMENTS], right[start : start + BLOCK_ELEMENTS]
-        differs = False
-        for i in range(left_block.size):
-            differs |= left_block[i] != right_block[i]
-        if differs:
-            return False
-    return True
+    def dense(item_bytes, sources, weights, starts, outs, outputs, scratch, begin, end, past_cache):
+        return sum_range(
+            like, item_bytes, sources, weights, starts, outs, outputs, scratch, begin, end, past_cache
+        )
 
+    def low_rank(
+        item_bytes, sources, weights, starts, outs, outputs, scratch, begin, end,
+        left, row_stride, rank_stride, right, columns, all_ranks, scales, ranks, rank_counts, first, width,
+    ):  # fmt: skip
+        return sum_low_rank_range(
+            like, item_bytes, sources, weights, starts, outs, outputs, scratch, begin, end,
+            left, row_stride, rank_stride, right, columns, all_ranks, scales, ranks, rank_counts, first, width,
+        )  # fmt: skip
 
-@_compiled
-def finite_range(bits, exponent):
-    """Whether no element of `bits` has all bits of `exponent` set; stops at the first block that has one."""
-    for start in range(0, bits.size, BLOCK_ELEMENTS):
-        block = bits[start : start + BLOCK_ELEMENTS]
-        found = False
-        for i in range(block.size):
-            found |= (block[i] & exponent) == exponent
-        if found:
-            return False
-    return True
+    entry = {"sum_range": dense, "sum_low_rank_range": low_rank}[name]
+    count = entry.__code__.co_argcount
+    signature = types.uint32(*[types.int64] * count)
+    # Without numba's run-time library: nothing is allocated, and the code must stand alone.
+    compiled = numba.njit(signature, nogil=True, _nrt=False, **OPTIONS)(entry).overloads[signature.args]
+    return compiled.fndesc.llvm_func_name, count, compiled.library._get_compiled_object()

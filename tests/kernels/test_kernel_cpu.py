@@ -16,7 +16,7 @@ from kernel_samples import (
     weight_lists,
 )
 
-from mergemix_kernels import cpu, cpu_loops, reference
+from mergemix_kernels import cpu, cpu_tiles, reference
 from mergemix_kernels.weights import MAX_SOURCES
 
 SIZES = [
@@ -24,8 +24,8 @@ SIZES = [
     1,
     2,
     31,
-    cpu_loops.BLOCK_ELEMENTS - 1,
-    cpu_loops.BLOCK_ELEMENTS + 1,
+    cpu_tiles.BLOCK_ELEMENTS - 1,
+    cpu_tiles.BLOCK_ELEMENTS + 1,
     3 * cpu.MIN_RANGE_ELEMENTS + 17,
 ]
 
@@ -41,7 +41,7 @@ def run(sources: list[torch.Tensor], weights: list[float], dtype: str) -> torch.
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), count=st.sampled_from(SIZES), make=st.sampled_from([any_bits, numbers]))
 def test_equals_the_reference(dtype, data, count, make):
-    weights = data.draw(weight_lists(2 * cpu_loops.SIDE_BY_SIDE + 2))
+    weights = data.draw(weight_lists(2 * cpu_tiles.SIDE_BY_SIDE + 2))
     sources = [make(DTYPES[dtype], count, seed) for seed in range(len(weights))]
     assert_same_bits(run(sources, weights, dtype), reference.weighted_sum(sources, weights))
 
@@ -60,7 +60,7 @@ def test_as_many_sources_as_there_may_be(dtype, count):
     data=st.data(),
     sources=st.integers(1, 10),
     outputs=st.integers(1, 5),
-    count=st.sampled_from([*SIZES[:-1], 5 * cpu_loops.BLOCK_ELEMENTS + 40]),
+    count=st.sampled_from([*SIZES[:-1], 5 * cpu_tiles.BLOCK_ELEMENTS + 40]),
     past_cache=st.booleans(),
     make=st.sampled_from([any_bits, numbers]),
 )
@@ -78,7 +78,7 @@ def test_several_outputs_wherever_they_begin(dtype, data, sources, outputs, coun
     outs = [memory[start : start + count].fill_(np.nan) for memory, start in zip(around, starts, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "PAST_CACHE_BYTES", 0 if past_cache else 1 << 60)
-        patch.setattr(cpu, "MIN_RANGE_ELEMENTS", cpu_loops.BLOCK_ELEMENTS)
+        patch.setattr(cpu, "MIN_RANGE_ELEMENTS", cpu_tiles.BLOCK_ELEMENTS)
         arrays = [as_array(out) for out in outs]
         finite = cpu.WeightedSums(weights, sources)([as_array(source) for source in held], arrays, dtype)
     for out, row in zip(outs, weights, strict=True):
@@ -140,7 +140,7 @@ def test_subnormals_survive_a_caller_that_flushes_them(dtype):
     assert still_flushing, "the caller's own setting must be left as it was"
 
 
-@pytest.mark.parametrize("count", [1, 2, cpu_loops.SIDE_BY_SIDE + 1, 40])
+@pytest.mark.parametrize("count", [1, 2, cpu_tiles.SIDE_BY_SIDE + 1, 40])
 def test_sums_of_minus_zero_keep_the_sign(count):
     minus = torch.full((100,), -0.0)
     assert_same_bits(run([minus] * count, [1.0] * count, "F32"), minus)

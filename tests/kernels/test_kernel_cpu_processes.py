@@ -7,12 +7,13 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from kernel_samples import as_array, numbers
 
-from mergemix_kernels import cpu, reference
+from mergemix_kernels import cpu, cpu_native, reference
 
 BF16 = torch.bfloat16
 
@@ -93,44 +94,74 @@ def test_thread_count_obeys_affinity_and_openmp(monkeypatch):
 IMPORTS = """
 import sys
 import mergemix_kernels
-heavy = {"torch", "numba", "triton", "numpy"} & set(sys.modules)
+heavy = {"torch", "numba", "llvmlite", "triton", "numpy"} & set(sys.modules)
 assert not heavy, heavy
 import mergemix_kernels.cpu
-assert "torch" not in sys.modules and "triton" not in sys.modules
+assert not {"torch", "numba", "llvmlite", "triton"} & set(sys.modules)
 """
 
-NOWHERE_TO_CACHE = """
-import numba.core.caching as caching
-caching.CacheImpl._locator_classes = []
-import numpy as np
-from mergemix_kernels import cpu
-out = np.empty(3, np.float32)
-cpu.weighted_sum([np.ones(3, np.float32)], [2.0], out, "F32")
-assert out.tolist() == [2.0] * 3
-"""
-
-
-DISK_FULL = """
+KEEPING = """
 import resource, sys
+from pathlib import Path
 import numpy as np
-from mergemix_kernels import cpu
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+from mergemix_kernels import cpu, cpu_native
+place, numba_may_be_needed, limit = Path(sys.argv[1]), sys.argv[2] == "yes", int(sys.argv[3])
+cpu_native._places = lambda: [place]
+if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 out = np.empty(3, np.float32)
 cpu.weighted_sum([np.ones(3, np.float32)], [2.0], out, "F32")
 assert out.tolist() == [2.0] * 3
+assert numba_may_be_needed or "numba" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("limit", [100, 4000], ids=["no index", "index but no machine code"])
-def test_a_full_disk_does_not_fail_the_sum(limit, tmp_path):
-    program = [sys.executable, "-c", DISK_FULL, str(limit)]
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    finished = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=120)
+def sum_in_a_process(place, *, compiles: bool, limit: int = 0) -> None:
+    command = [sys.executable, "-c", KEEPING, str(place), "yes" if compiles else "no", str(limit)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
-    assert not list(tmp_path.rglob("*.nbi")), "an index without its data could name that of an older source"
 
 
-@pytest.mark.parametrize("program", [IMPORTS, NOWHERE_TO_CACHE], ids=["light imports", "nowhere to cache"])
-def test_in_a_fresh_process(program):
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+def test_machine_code_is_kept_and_needs_no_numba(tmp_path):
+    sum_in_a_process(tmp_path, compiles=True)
+    (kept,) = tmp_path.iterdir()
+    whole = kept.read_bytes()
+    sum_in_a_process(tmp_path, compiles=False)
+    for damaged in (whole[:-1], whole[:50], b"", whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]):
+        kept.write_bytes(damaged)
+        sum_in_a_process(tmp_path, compiles=True)
+        assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+        sum_in_a_process(tmp_path, compiles=False)
+
+
+def test_code_of_other_sources_is_not_taken(tmp_path, monkeypatch):
+    cpu_native._key.cache_clear()
+    before = cpu_native._key()
+    for name in cpu_native.SOURCES:
+        (tmp_path / name).write_bytes(Path(cpu_native.__file__).with_name(name).read_bytes())
+    monkeypatch.setattr(cpu_native, "__file__", str(tmp_path / "cpu_native.py"))
+    for name in cpu_native.SOURCES:
+        cpu_native._key.cache_clear()
+        assert cpu_native._key() == before
+        with (tmp_path / name).open("a") as source:
+            source.write("#")
+        cpu_native._key.cache_clear()
+        assert cpu_native._key() != before
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1])
+    cpu_native._key.cache_clear()
+
+
+@pytest.mark.parametrize("limit", [1, 4000], ids=["no byte", "some bytes"])
+def test_a_full_disk_does_not_fail_the_sum(limit, tmp_path):
+    sum_in_a_process(tmp_path, compiles=True, limit=limit)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nowhere_to_keep_machine_code(tmp_path):
+    (tmp_path / "file").touch()
+    sum_in_a_process(tmp_path / "file" / "folder", compiles=True)
+
+
+def test_imports_are_light():
+    finished = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_samples import DTYPES, any_bits, as_array, assert_same_bits, numbers, poisoned
 
-from mergemix_kernels import cpu, cpu_loops, reference
+from mergemix_kernels import cpu, cpu_tiles, reference
 
 SMALL = st.tuples(st.integers(1, 9), st.integers(1, 70), st.integers(0, 9))
 # More than one strip, and panel, of columns; more rows than are multiplied together; ranges for threads.
 LARGE = st.sampled_from(
-    [(3, cpu_loops.STRIP_COLUMNS + 33, 5), (9, 460, 300), (1, 1200, 2), (300, 3, 4), (130, 1031, 3)]
+    [(3, cpu_tiles.STRIP_COLUMNS + 33, 5), (9, 460, 300), (1, 1200, 2), (300, 3, 4), (130, 1031, 3)]
 )
 
 
