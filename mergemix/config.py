@@ -8,8 +8,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mergemix.errors import ConfigError
 
 SEARCHES = ("cma", "random", "grid")
@@ -74,6 +72,8 @@ def load_config_file(path: Path) -> dict[str, Any]:
 
     Relative paths in it are relative to the file. Raises ConfigError on anything that is not understood.
     """
+    import yaml  # no other command needs it
+
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

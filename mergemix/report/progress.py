@@ -6,6 +6,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -18,7 +19,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
-from mergemix.evidence import Progress
+if TYPE_CHECKING:  # a merge shows its progress too, and needs nothing of a study
+    from mergemix.evidence import Progress
 
 
 class RunProgress:
