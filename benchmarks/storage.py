@@ -5,6 +5,7 @@ import itertools
 import mmap
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -30,15 +31,22 @@ COLD_SHARE, WARM_SHARE = 0.01, 0.99  # of a file's pages in memory: at most, at 
 
 @contextmanager
 def scratch_directory(parent: Path | None, needed_bytes: int) -> Iterator[Path]:
-    """A new directory in `parent` (None: the system's temporary place), removed afterwards with all it holds."""
-    with tempfile.TemporaryDirectory(prefix="mergemix-bench-", dir=parent) as name:
-        free = shutil.disk_usage(name).free
-        if free < needed_bytes:
-            raise BenchmarkError(
-                f"{name} has {free / 1e9:.1f} GB free, but this benchmark needs {needed_bytes / 1e9:.1f} GB; "
-                "give --scratch on another disk, or smaller models"
-            )
-        yield Path(name)
+    """A new directory in `parent` (None: the system's temporary place), removed afterwards with all it holds.
+
+    Afterwards includes Ctrl-C and SIGTERM: gigabytes must not stay.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with tempfile.TemporaryDirectory(prefix="mergemix-bench-", dir=parent) as name:
+            free = shutil.disk_usage(name).free
+            if free < needed_bytes:
+                raise BenchmarkError(
+                    f"{name} has {free / 1e9:.1f} GB free, but this benchmark needs {needed_bytes / 1e9:.1f} GB; "
+                    "give --scratch on another disk, or smaller models"
+                )
+            yield Path(name)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def storage_conditions(directory: Path) -> dict[str, Any]:

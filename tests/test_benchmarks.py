@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -255,6 +256,21 @@ def test_scratch_needs_room_and_leaves_nothing(tmp_path: Path) -> None:
         raise AssertionError("there is no such disk")
     with scratch_directory(tmp_path, 1) as scratch:
         (scratch / "file").touch()
+    assert not list(tmp_path.iterdir())
+
+
+def test_scratch_is_removed_when_a_benchmark_is_terminated(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, pathlib; from benchmarks.storage import scratch_directory\n"
+        "with scratch_directory(pathlib.Path(sys.argv[1]), 1): print('ready', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        assert len(list(tmp_path.iterdir())) == 1
+        process.terminate()
+        assert process.wait(30) != 0
     assert not list(tmp_path.iterdir())
 
 
