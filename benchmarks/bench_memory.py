@@ -27,7 +27,7 @@ from mergemix.mixture import Mixture
 from mergemix.options import Size
 
 STARTED_SHAPE, STARTED_REPEATS = "test", 3
-FLAT = 1.1  # the largest peak of a process over the smallest: as good as the same
+FLAT = 1.25  # the largest peak of a process over the smallest, for 16 times as many experts or bytes
 QUICK = {"sizes": ["small", "1gb"], "experts": [2, 8]}
 COLUMNS = [
     "shape",

@@ -214,6 +214,18 @@ load_float32, store_float32 = _element(types.float32)
 
 
 @intrinsic
+def store_zeros(typing_context, address):
+    """LANES float32 zeros at `address`. As a loop it would become a call of memset, which must not be needed."""
+
+    def generate(context, builder, signature, arguments):
+        lane = _Lanes(builder, LANES)
+        lane.store(ir.Constant(lane.of(_FLOAT), [0.0] * LANES), arguments[0], 4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
 def outer_products(typing_context, left, right, ranks, count, out, row_bytes):
     """out[row, j] = sum over the `count` >= 1 indices r in `ranks`, in order, of left[n, row] * right[r, j].
 

@@ -3,8 +3,11 @@
 # Numba infers the types of all that is compiled here.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+import struct
+
 import numba
 import numpy as np
+from llvmlite.binding import ObjectFileRef
 from numba import types
 from numba.extending import register_jitable
 
@@ -15,6 +18,7 @@ from mergemix_kernels.cpu_intrinsics import (
     load_int64,
     outer_products,
     store_float32,
+    store_zeros,
     stores_done,
     sum_scalars,
     sum_vectors,
@@ -125,10 +129,9 @@ def _pack_panel(right, columns, all_ranks, begin, end, packed):
         count = min(LANES, end - start)
         for r in range(all_ranks):
             vector = packed + 4 * LANES * (group * all_ranks + r)
+            store_zeros(vector)
             for lane in range(count):
                 store_float32(vector, lane, load_float32(right, r * columns + start + lane))
-            for lane in range(count, LANES):
-                store_float32(vector, lane, np.float32(0))
 
 
 @_jitable
@@ -261,4 +264,16 @@ def compile_loop(name: str, dtype: str) -> tuple[str, int, bytes]:
     signature = types.uint32(*[types.int64] * count)
     # Without numba's run-time library: nothing is allocated, and the code must stand alone.
     compiled = numba.njit(signature, nogil=True, _nrt=False, **OPTIONS)(entry).overloads[signature.args]
-    return compiled.fndesc.llvm_func_name, count, compiled.library._get_compiled_object()
+    code = compiled.library._get_compiled_object()
+    # Numba's wrappers, for callers in Python, are in it too: what they call is not there, nor are they called.
+    missing = [name for name in _undefined_symbols(code) if not name.startswith(("Py", "_Py", "numba_"))]
+    assert not missing, f"the machine code of {name} must stand alone, but calls {missing}"
+    return compiled.fndesc.llvm_func_name, count, code
+
+
+def _undefined_symbols(code: bytes) -> list[str]:
+    """What an ELF object expects others to define; nothing is known of other formats."""
+    sections = {section.name(): section.data() for section in ObjectFileRef.from_data(code).sections()}
+    names, table = sections.get(b".strtab", b""), sections.get(b".symtab", b"")
+    places = (struct.unpack_from("<IBBH", table, begin) for begin in range(24, len(table), 24))
+    return [names[at : names.index(b"\0", at)].decode() for at, _, _, section in places if at and not section]

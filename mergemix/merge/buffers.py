@@ -12,8 +12,8 @@ from mergemix_kernels.cpu import thread_count
 
 # Blocks begin and end at multiples of this, in memory and in the files written: what direct writes need.
 BLOCK_ALIGNMENT = 4096
-# Larger ones no longer fit the caches between reading, summing and writing; smaller ones cost calls.
-MAX_BLOCK_BYTES = 1 << 20
+# Larger ones gain nothing any more; smaller ones cost calls.
+MAX_BLOCK_BYTES = 4 << 20
 # A range read over a network costs a round trip.
 MAX_REMOTE_BLOCK_BYTES = 16 << 20
 WORTHWHILE_BLOCK_BYTES = 256 << 10
@@ -22,6 +22,8 @@ WORKERS_PER_CORE = 4
 MAX_WORKERS = 32
 # Of the memory given: the rest is for threads, tables of tensors and what the libraries hold.
 BUFFER_SHARE = 7 / 8
+# More memory makes no merge of local files faster, however many checkpoints it reads.
+USEFUL_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,11 @@ def divide_memory(plan: MergePlan, memory_bytes: int) -> Buffers:
             f"bytes ({size_text(minimum)}) of memory for its buffers, but only {memory_bytes} were given: use "
             f"--memory {minimum} or more"
         )
-    budget = max(int(memory_bytes * BUFFER_SHARE), minimum)
     remote = any(isinstance(t.file, HubFile) for task in plan.tasks for t in task.operands)
     limit = MAX_REMOTE_BLOCK_BYTES if remote else MAX_BLOCK_BYTES
+    budget = max(int(memory_bytes * BUFFER_SHARE), minimum)
+    if not remote:
+        budget = min(budget, max(USEFUL_BYTES, minimum))
     useful = min(limit, max(_aligned_up(plan.bytes_written // plan.num_outputs), BLOCK_ALIGNMENT))
     wanted = min(max(4, WORKERS_PER_CORE * thread_count()), MAX_WORKERS)
     workers, block_bytes = 1, BLOCK_ALIGNMENT

@@ -134,6 +134,32 @@ def test_machine_code_is_kept_and_needs_no_numba(tmp_path):
         sum_in_a_process(tmp_path, compiles=False)
 
 
+LOW_RANK = """
+import sys
+from pathlib import Path
+import numpy as np
+from mergemix_kernels import cpu, cpu_native
+cpu_native._places = lambda: [Path(sys.argv[1])]
+for dtype, one in (("BF16", 0x3F80), ("F16", 0x3C00), ("F32", 1.0)):
+    for rows, columns, ranks in ((48, 16, 2), (8, 8, 3), (5, 1000, 1), (3, 32, 40), (70, 43, 9)):
+        kind = cpu.numpy_dtype(dtype)
+        base, out = np.full(rows * columns, one, kind), np.zeros(rows * columns, kind)
+        zeros = np.zeros((rows, ranks), np.float32)
+        addend = cpu.LowRank(zeros, np.ones((ranks, columns), np.float32), np.ones((1, ranks), np.float32), 0)
+        assert cpu.WeightedSums([[1.0]], 1)([base], [out], dtype, low_rank=addend, threads=1)
+        assert (out == base).all()
+print("numba" in sys.modules)
+"""
+
+
+def test_low_rank_code_stands_alone(tmp_path):
+    """In the process that compiles, what numba brings could be called; in the next one it is not there."""
+    for compiles in ("True", "False"):
+        command = [sys.executable, "-c", LOW_RANK, str(tmp_path)]
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert (finished.returncode, finished.stdout.strip()) == (0, compiles), finished.stderr
+
+
 def test_code_of_other_sources_is_not_taken(tmp_path, monkeypatch):
     cpu_native._key.cache_clear()
     before = cpu_native._key()

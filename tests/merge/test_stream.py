@@ -326,7 +326,7 @@ def test_inputs_that_memory_cannot_hold_are_not_left_in_the_page_cache(
 ) -> None:
     plan = plan_merge(tiny_family(tmp_path), [Mixture.uniform(NAMES)])
     told: list[tuple[int, int]] = []
-    monkeypatch.setattr(stream_module, "_free_memory_bytes", lambda: free_memory)
+    monkeypatch.setattr(stream_module, "free_memory", lambda: free_memory)
     monkeypatch.setattr(
         os, "posix_fadvise", lambda file, offset, nbytes, advice: told.append((advice, nbytes))
     )
