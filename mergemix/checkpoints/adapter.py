@@ -77,8 +77,14 @@ class Adapter:
 
 
 def is_adapter(root: Path) -> bool:
-    """Whether the directory holds an adapter, and no whole model beside it."""
-    return (root / ADAPTER_CONFIG_NAME).is_file() and not (root / CONFIG_NAME).is_file()
+    """Whether the directory holds an adapter, and no whole model beside it.
+
+    Some trainers put the base's config.json beside the adapter: weights decide.
+    """
+    if not (root / ADAPTER_CONFIG_NAME).is_file():
+        return False
+    names = [path.name for path in root.iterdir() if path.suffix == ".safetensors"]
+    return not (root / CONFIG_NAME).is_file() or names == [WEIGHTS_NAME]
 
 
 def open_adapter(name: str, source: str, location: Location) -> Adapter:

@@ -139,6 +139,8 @@ def open_family(base: str | None, experts: Mapping[str, str], *, download: bool 
     unnamed = [source for name, source in experts.items() if not name.strip()]
     if unnamed:
         raise ConfigError(f"the expert {unnamed[0]!r} has no name; give it as NAME=PATH")
+    if base is not None and "base" in experts:
+        raise ConfigError("an expert cannot be called 'base' beside --base; give it another name")
     family = Family(
         base=None if base is None else open_checkpoint("base", base, download=download),
         experts=tuple(_open_expert(name, source, download) for name, source in experts.items()),
@@ -163,7 +165,7 @@ def _fitted(family: Family) -> Family:
     if base is None:
         raise ConfigError(
             f"{adapters[0].name} ({adapters[0].source}) is a LoRA adapter, which says only what it changes in its "
-            "base: give --base with the model that it was trained on"
+            "base: merge it with `mergemix merge` and --base, the model that it was trained on"
         )
     experts = (fit_adapter(each, base) if isinstance(each, Adapter) else each for each in family.experts)
     return replace(family, experts=tuple(experts))

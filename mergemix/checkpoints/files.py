@@ -17,8 +17,9 @@ SINGLE_NAME = "model.safetensors"
 # What turns a request into token ids, and what ends an answer.
 PROMPT_FILES = (
     "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "*.model", "*.tiktoken", "generation_config.json",
+    "*.model", "*.tiktoken", "tekken.json", "generation_config.json",
 )  # fmt: skip
+CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 # All that belongs to the model beside its weights. Code: what config.json's auto_map names.
 SIDE_FILES = (
     *PROMPT_FILES, CONFIG_NAME, "chat_template.json", "*.jinja", "*processor_config.json", "*.py",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergemix.checkpoints.adapter import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from mergemix.checkpoints.adapter_config import ADAPTER_CONFIG_NAME
 from mergemix.checkpoints.files import (
+    CHAT_TEMPLATES,
     CONFIG_NAME,
     INDEX_NAME,
     SINGLE_NAME,
@@ -66,7 +68,8 @@ def fetch(source: str, *, weights: bool = True) -> tuple[Path, str, tuple[HubFil
         if _is_adapter(names):
             wanted = _adapter_files(repo, commit, names)
         else:
-            wanted = [name for name in names if "/" not in name and is_side_file(name)]
+            wanted = [name for name in names if is_side_file(name) and "/" not in name]
+            wanted += [name for name in names if fnmatch(name, CHAT_TEMPLATES)]
             weight_files = _weight_files(repo, commit, names)
             if weights:
                 wanted += weight_files
@@ -92,7 +95,11 @@ def _names(info: ModelInfo) -> list[str]:
 
 
 def _is_adapter(names: list[str]) -> bool:
-    return ADAPTER_CONFIG_NAME in names and CONFIG_NAME not in names
+    """As `adapter.is_adapter`, of the files of a repository."""
+    if ADAPTER_CONFIG_NAME not in names:
+        return False
+    weights = [name for name in names if "/" not in name and name.endswith(".safetensors")]
+    return CONFIG_NAME not in names or weights == [ADAPTER_WEIGHTS_NAME]
 
 
 def _adapter_files(repo: str, commit: str, names: list[str]) -> list[str]:

@@ -64,6 +64,8 @@ class LocalFile:
                 f"{self._path} vanished while it was read; leave checkpoints alone while they are used, and "
                 "start again"
             ) from None
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self._path} any more: {error.strerror}") from error
         try:
             check_unchanged(self._path, current, self._identity)
         finally:
@@ -127,6 +129,13 @@ def _unreadable(tensor: TensorInfo, error: OSError) -> CheckpointError:
     return CheckpointError(f"cannot read tensor {tensor.name!r} from {tensor.path}: {error.strerror}")
 
 
+def _close_unchanged(file: RangeFile) -> None:
+    try:
+        file.check_unchanged()
+    finally:
+        file.close()
+
+
 class OpenFiles:
     """Files that stay open between reads, shared by threads; the longest unused are closed beyond a limit."""
 
@@ -146,11 +155,13 @@ class OpenFiles:
             if file is None:
                 file = self._files[path] = open_range(tensor)
                 self._users[path] = 0
-                self._close_idle(MAX_OPEN_FILES)
             else:
                 self._files.move_to_end(path)
             self._users[path] += 1
+            idle = self._take_idle()
         try:
+            for other in idle:  # outside of the lock: a file on the Hub may have to be asked for
+                _close_unchanged(other)
             read_into(file, tensor, begin, view)
             if last:
                 file.forget(tensor.offset + begin, len(view))
@@ -158,17 +169,11 @@ class OpenFiles:
             with self._lock:
                 self._users[path] -= 1
 
-    def _close_idle(self, limit: int) -> None:
-        """Close files nobody reads, oldest first, down to `limit`. Each must still be the file it was."""
-        for path in list(self._files):
-            if len(self._files) <= limit:
-                return
-            if self._users[path] == 0 and path != next(reversed(self._files)):
-                file = self._files.pop(path)
-                try:
-                    file.check_unchanged()
-                finally:
-                    file.close()
+    def _take_idle(self) -> list[RangeFile]:
+        """Files nobody reads, the longest unused first, as many as there are too many."""
+        excess = max(len(self._files) - MAX_OPEN_FILES, 0)
+        idle = [path for path in self._files if excess and self._users[path] == 0][:excess]
+        return [self._files.pop(path) for path in idle]
 
     def interrupt(self) -> None:
         """Let reads in other threads that wait for another attempt fail now."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from mergemix.checkpoints.checkpoint import Checkpoint
-from mergemix.checkpoints.files import SINGLE_NAME, is_side_file
+from mergemix.checkpoints.files import CHAT_TEMPLATES, SINGLE_NAME, is_side_file
 from mergemix.checkpoints.header import DTYPE_BITS, LENGTH_BYTES, TensorInfo
 from mergemix.errors import OutputError
 
@@ -87,7 +87,7 @@ def index_json(shards: Sequence[Shard], tensor_bytes: int) -> bytes:
 def side_files(root: Path) -> list[Path]:
     """What makes the weights in `root` a complete model: configuration, tokenizer, chat templates, code."""
     top = [path for path in root.iterdir() if path.is_file() and is_side_file(path.name)]
-    return sorted([*top, *root.glob("additional_chat_templates/*.jinja")])
+    return sorted([*top, *root.glob(CHAT_TEMPLATES)])
 
 
 def check_output(out: Path) -> None:
@@ -148,6 +148,11 @@ class DirectoryWriter:
         """Write all of `data` at `offset` of the file `name`, in any order; a range may be written again."""
         with self._translated():
             self._files.write(name, offset, memoryview(data))
+
+    def finish(self, name: str) -> None:
+        """Bring the file `name` to the disk and close it: of many outputs not all files can stay open."""
+        with self._translated():
+            self._files.finish(name)
 
     def commit(self) -> None:
         """Bring everything to the disk, then make it appear at `out`."""
@@ -210,6 +215,7 @@ class _OutputFiles:
         self._descriptors: dict[tuple[str, int], int] = {}
         self._missing: dict[str, int] = {}
         self._direct = DIRECT
+        self._discarded = False
 
     def allocate(self, name: str, nbytes: int, body_bytes: int) -> None:
         try:
@@ -232,7 +238,7 @@ class _OutputFiles:
             missing = self._missing.get(name, 0)
             self._missing[name] = missing - nbytes
         if nbytes and missing == nbytes:
-            self._close([(name, 0), (name, DIRECT)], sync=True)
+            self.finish(name)
 
     def _write_direct(self, name: str, offset: int, data: memoryview) -> int:
         """Write what can be written so, from the beginning of `data`: how many bytes."""
@@ -255,11 +261,16 @@ class _OutputFiles:
     def _open(self, name: str, flags: int) -> int:
         with self._lock:
             file = self._descriptors.get((name, flags))
+            if self._discarded:  # a thread that outlived the merge must not make the directory again
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             if file is None:
                 path = self._root / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 file = self._descriptors[name, flags] = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
             return file
+
+    def finish(self, name: str) -> None:
+        self._close([(name, 0), (name, DIRECT)], sync=True)
 
     def sync(self) -> None:
         """Bring all files to the disk, and close them."""
@@ -279,6 +290,8 @@ class _OutputFiles:
 
     def discard(self) -> None:
         """Close all files, whatever the system says: nothing of them is kept."""
+        with self._lock:
+            self._discarded = True
         for key in list(self._descriptors):
             with suppress(OSError):
                 self._close([key])

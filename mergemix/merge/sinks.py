@@ -107,15 +107,18 @@ class SafetensorsSink:
     def _finish(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         """What makes a directory a checkpoint comes last: headers, configuration and tokenizer, index."""
         for shard in self._shards:
-            self._writer.write(_join(name, shard.file), 0, shard.header)
+            self._write(_join(name, shard.file), shard.header)
         for path in side_files(self._template_root):
             self._copy(path, name)
         for record in records:
             text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-            self._writer.write(_join(name, RECORD_NAME), 0, text.encode())
+            self._write(_join(name, RECORD_NAME), text.encode())
         if len(self._shards) > 1:
-            index = index_json(self._shards, self._tensor_bytes)
-            self._writer.write(_join(name, INDEX_NAME), 0, index)
+            self._write(_join(name, INDEX_NAME), index_json(self._shards, self._tensor_bytes))
+
+    def _write(self, name: str, data: bytes) -> None:
+        self._writer.write(name, 0, data)
+        self._writer.finish(name)
 
     def _copy(self, path: Path, directory: str) -> None:
         """Copy a side file of the template."""
@@ -128,6 +131,7 @@ class SafetensorsSink:
                     offset += len(chunk)
         except OSError as error:
             raise OutputError(f"cannot copy {path}: {error.strerror}; nothing was left behind") from error
+        self._writer.finish(name)
 
 
 class ParameterSink:

@@ -32,7 +32,7 @@ from mergemix_kernels import cpu
 
 HEAD_BYTES = 64
 CONVERTED_ELEMENTS = 1 << 14
-# Inputs and outputs that take more of the free memory than this are not left in the page cache.
+# Inputs that take more of the free memory than this are not left in the page cache.
 CACHED_SHARE = 0.5
 
 
@@ -207,7 +207,7 @@ class _Merge:
             own_sources, own_parts = [s[here] for s in sources], [p[here] for p in parts]
             if not finite:
                 self._check_finite(piece, own_sources, own_parts)
-            if not task.is_copy and not task.low_rank:
+            if not task.is_copy:
                 self._keep_equal(piece, own_sources, own_parts)
 
     def _sum(
@@ -236,6 +236,8 @@ class _Merge:
         Of one piece only this can be said: where its operands are equal and their sum is not, it is copied for now.
         """
         for output, (weights, out) in enumerate(zip(piece.task.coefficients, outs, strict=True)):
+            if any(term.scales[output] != 0.0 for term in piece.task.low_rank):
+                continue
             first, *others = [s for s, weight in zip(sources, weights, strict=True) if weight != 0.0]
             head = first[:HEAD_BYTES].tobytes()
             equal = all(other[:HEAD_BYTES].tobytes() == head for other in others)

@@ -257,3 +257,27 @@ def test_conversions_are_torch_s(dtype: torch.dtype) -> None:
     widened = torch.empty_like(values)
     convert.widen(narrowed.numpy(), name, widened.numpy())
     assert torch.equal(widened[finite], values.to(dtype).float()[finite])
+
+
+def test_outputs_without_an_adapter_copy_equal_tensors_though_others_use_it(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    same = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    sources = {name: str(write_checkpoint(tmp_path / name, same)) for name in ("a", "b", "c")}
+    lora = write_lora(tmp_path / "lora", random_factors(generator, {"layer": 2}, torch.float32), 4)
+    base = str(write_checkpoint(tmp_path / "base", same))
+    family = open_family(base, {**sources, "lora": str(lora)})
+    mixtures = {
+        "equal": Mixture(family.names, (0.3, 0.3, 0.4, 0.0)),
+        "adapted": Mixture(family.names, (0.5, 0.0, 0.0, 0.5)),
+    }
+    merge_many(family, mixtures, tmp_path / "both")
+    for name, tensor in merged(tmp_path / "both" / "equal").items():
+        assert torch.equal(bits(tensor), bits(same[name])), name
+    assert not torch.equal(merged(tmp_path / "both" / "adapted")["layer.weight"], same["layer.weight"])
+
+
+def test_an_adapter_beside_a_copy_of_its_base_s_configuration_is_one(tmp_path: Path) -> None:
+    family = small_family(tmp_path)
+    (tmp_path / "math" / "config.json").write_text((tmp_path / "base" / "config.json").read_text())
+    again = open_family(str(tmp_path / "base"), {name: str(tmp_path / name) for name in family.names})
+    assert [type(expert) for expert in again.experts] == [type(expert) for expert in family.experts]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,20 @@ def rewrite_with_mask_first(path: Path, w: torch.Tensor, mask: torch.Tensor) -> 
     text += b" " * (len(text) % 2)  # with the mask's seven bytes, w begins at an odd one
     data = bits(mask).numpy().tobytes() + bits(w).numpy().tobytes()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def test_many_outputs_need_few_open_files(tmp_path: Path) -> None:
+    experts = {
+        name: random_tensors({f"w{k}": (9,) for k in range(8)}, seed) for seed, name in enumerate(NAMES)
+    }
+    family = write_family(tmp_path, None, experts, (8,))
+    for k in range(5):
+        (family.template.root / f"tokenizer{k}.json").write_text("{}")
+    mixtures = {f"m{k}": Mixture.one_hot(NAMES, "web") for k in range(20)}
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 60, limits[1]))
+    try:
+        merge_many(family, mixtures, tmp_path / "merged")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(list((tmp_path / "merged").glob("*/*"))) == 20 * (8 + 5 + 3)
