@@ -276,7 +276,9 @@ def test_an_adapter_is_told_from_a_model(base_of: BaseOf, copy: Path, tmp_path: 
     assert is_adapter(copy)
     assert not is_adapter(base_of("llama"))
     assert not is_adapter(tmp_path)
-    shutil.copy(base_of("llama") / "config.json", copy)
+    shutil.copy(base_of("llama") / "config.json", copy)  # as some trainers do
+    assert is_adapter(copy)
+    shutil.copy(base_of("llama") / "model.safetensors", copy)
     assert not is_adapter(copy)
 
 

@@ -193,7 +193,7 @@ def test_another_repository_than_the_one_named_is_refused(base_of: BaseOf, copy:
 
 def test_a_family_of_adapters_needs_a_base(base_of: BaseOf, made: Path) -> None:
     for experts in ({"math": str(made)}, {"code": str(base_of("llama")), "math": str(made)}):
-        with pytest.raises(ConfigError, match=r"math \(.*\) is a LoRA adapter.*give --base"):
+        with pytest.raises(ConfigError, match=r"math \(.*\) is a LoRA adapter.*merge it with .*--base"):
             open_family(None, experts)
     with pytest.raises(CheckpointError, match="is a LoRA adapter"):
         open_family(str(made), {"math": str(made)})
