@@ -331,7 +331,7 @@ def test_a_device_sink_takes_the_merge_chunk_by_chunk(tmp_path: Path) -> None:
     mixture = Mixture(family.names, (0.3, 0.7))
     plan = plan_merge(family, [mixture])
     memory = {task.name: torch.full((task.nbytes,), 255, dtype=torch.uint8) for task in plan.tasks}
-    stream(plan, DeviceSink(plan, memory), memory_bytes=1 << 12)
+    stream(plan, DeviceSink(plan, memory), memory_bytes=3 << 12)
     merge_to_directory(family, mixture, tmp_path / "merged")
     for name, tensor in load_file(tmp_path / "merged" / "model.safetensors").items():
         assert np.array_equal(memory[name].numpy(), tensor.reshape(-1).view(torch.uint8).numpy())
