@@ -25,15 +25,15 @@ import numpy as np
 from mergemix.checkpoints.files import FileIdentity
 from mergemix.checkpoints.header import TensorInfo
 from mergemix.checkpoints.ranges import LocalFile, RangeFile, open_range
+from mergemix.checkpoints.writer import DIRECT
 from mergemix_kernels import cpu
 
-BLOCK_BYTES = 1 << 20  # what a merge reads and writes at a time
+BLOCK_BYTES = 1 << 20  # read and written at a time
 THREADS = 8
 PROBES = 4  # of the page cache, a range
 READ_SECONDS = 2.0  # reading stops then: a slow disk or network is known by now
 KERNEL_BYTES = 1 << 26  # of all sources and outputs: beyond the caches
 WRITE_BYTES = 1 << 27
-DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The merge loop: workers read K operands block by block, sum them, and hand each output to a sink. Memory is bounded.
 
 Each worker takes the next block and does all of it by itself, so that reading, summing and writing of different blocks
-overlap, and a block stays in the cache of one core.
+overlap.
 """
 
 from __future__ import annotations
@@ -239,10 +239,10 @@ class _Merge:
             if any(term.scales[output] != 0.0 for term in piece.task.low_rank):
                 continue
             first, *others = [s for s, weight in zip(sources, weights, strict=True) if weight != 0.0]
-            head = first[:HEAD_BYTES].tobytes()
-            equal = all(other[:HEAD_BYTES].tobytes() == head for other in others)
             if not others:
                 continue
+            head = first[:HEAD_BYTES].tobytes()
+            equal = all(other[:HEAD_BYTES].tobytes() == head for other in others)
             if not (equal and cpu.bitwise_equal([first, *others])):
                 self._differing.add((piece.task.name, output))
             elif not cpu.bitwise_equal([first, out]):
