@@ -58,12 +58,23 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in the file `path`. Raises CheckpointError when it is too large, or cannot be read or parsed."""
+    """The JSON object in the file `path`.
+
+    Raises CheckpointError when it is too large, or cannot be read or parsed.
+    """
+    return parse_object(read_bounded(path), str(path))
+
+
+def read_bounded(path: Path, what: str = "") -> bytes:
+    """The bytes of a file. what: what the file is, for messages ("the scores ").
+
+    Raises CheckpointError when it cannot be read or is larger than MAX_FILE_BYTES.
+    """
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise CheckpointError(f"cannot read {what}{path}: {error.strerror}") from error
     if len(raw) > MAX_FILE_BYTES:
         raise CheckpointError(f"{path} has more than the {MAX_FILE_BYTES} bytes that are accepted")
-    return parse_object(raw, str(path))
+    return raw

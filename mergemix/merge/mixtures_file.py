@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergemix.checkpoints.strict_json import parse_object, shown
+from mergemix.checkpoints.strict_json import parse_object, read_bounded, shown
 from mergemix.errors import CheckpointError, ConfigError
 from mergemix.mixture import Mixture
 
-MAX_FILE_BYTES = 1 << 26
 MAX_NAME_LENGTH = 100
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")  # a directory's name on every file system
 KEYS = ("name", "weights")
@@ -63,12 +62,9 @@ def read_mixtures(path: Path, experts: Sequence[str], *, normalize: bool = True)
 def _read(path: Path) -> bytes:
     """The file's bytes without a byte order mark."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read the mixtures {path}: {error.strerror}") from error
-    if len(raw) > MAX_FILE_BYTES:
-        raise ConfigError(f"{path} has more than the {MAX_FILE_BYTES} bytes that are accepted")
+        raw = read_bounded(path, "the mixtures ")
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
     return raw.removeprefix(b"\xef\xbb\xbf")
 
 

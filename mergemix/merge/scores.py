@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from mergemix.checkpoints.strict_json import parse_object, shown
+from mergemix.checkpoints.strict_json import parse_object, read_bounded, shown
 from mergemix.errors import CheckpointError, ConfigError
 
-MAX_FILE_BYTES = 1 << 26
 HEADER = ["checkpoint", "score"]
 
 Row = tuple[str, str, Any]  # where it stands, what it names, its score as written
@@ -54,12 +53,9 @@ def read_scores(path: Path, names: Sequence[str], paths: Sequence[PurePath]) -> 
 
 def _rows(path: Path) -> list[Row]:
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read the scores {path}: {error.strerror}") from error
-    if len(raw) > MAX_FILE_BYTES:
-        raise ConfigError(f"{path} has more than the {MAX_FILE_BYTES} bytes that are accepted")
+        raw = read_bounded(path, "the scores ")
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
     raw = raw.removeprefix(b"\xef\xbb\xbf")
     if raw.lstrip().startswith(b"{"):
         try:
