@@ -266,11 +266,11 @@ def test_a_file_that_changes_while_it_is_read_is_told_at_the_end(tmp_path: Path,
 
 
 def replaced(path: Path) -> None:
-    """Another file of the same size and time, as a download that starts again makes it."""
+    """Another file of the same size and time in one step, as a download that starts again makes it."""
     before = path.stat()
-    path.rename(path.with_suffix(".old"))
-    path.write_bytes(bytes(before.st_size))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    path.with_suffix(".new").write_bytes(bytes(before.st_size))
+    os.utime(path.with_suffix(".new"), ns=(before.st_atime_ns, before.st_mtime_ns))
+    path.with_suffix(".new").replace(path)
 
 
 def rewritten(path: Path) -> None:
