@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
 
 from mergemix.errors import ConfigError
 
@@ -14,30 +16,60 @@ SUM_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
+class LayerGroup:
+    """Tensors that have weights of their own.
+
+    tensors: patterns of checkpoint tensor names, in which * and ? stand for any characters. weights: as of a Mixture.
+    """
+
+    tensors: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    def holds(self, tensor: str) -> bool:
+        return any(fnmatchcase(tensor, pattern) for pattern in self.tensors)
+
+
+@dataclass(frozen=True)
 class Mixture:
     """Weights a_k of K experts, in the experts' order.
 
     merged = base + sum_k a_k (expert_k - base); with sum a_k = 1 the base cancels. Frozen and
-    hashable; two mixtures are equal when names and weights are.
+    hashable; two mixtures are equal when names, weights and groups are.
 
-    names: K distinct expert names. weights: K finite numbers, not necessarily normalised.
-    Raises ConfigError when lengths differ, a name repeats, or a weight is not finite.
+    names: K distinct expert names. weights: K finite numbers, not necessarily normalised. groups: tensors with other
+    weights than these; of several groups that hold a tensor the first counts.
+    Raises ConfigError when lengths differ, a name repeats, a weight is not finite, or a group holds nothing.
     """
 
     names: tuple[str, ...]
     weights: tuple[float, ...]
+    groups: tuple[LayerGroup, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.names) != len(self.weights):
-            raise ConfigError(
-                f"a mixture needs one weight per expert: {len(self.names)} experts {self.names}, "
-                f"{len(self.weights)} weights"
-            )
         if len(set(self.names)) != len(self.names):
             raise ConfigError(f"expert names must differ: {self.names}")
-        for name, weight in zip(self.names, self.weights, strict=True):
-            if not math.isfinite(weight):
-                raise ConfigError(f"the weight of {name!r} must be a finite number, but is {weight}")
+        for weights in (self.weights, *(group.weights for group in self.groups)):
+            if len(self.names) != len(weights):
+                raise ConfigError(
+                    f"a mixture needs one weight per expert: {len(self.names)} experts {self.names}, "
+                    f"{len(weights)} weights"
+                )
+            for name, weight in zip(self.names, weights, strict=True):
+                if not math.isfinite(weight):
+                    raise ConfigError(f"the weight of {name!r} must be a finite number, but is {weight}")
+        if any(not group.tensors for group in self.groups):
+            raise ConfigError("a layer group must name at least one pattern of tensors")
+
+    def at(self, tensor: str) -> Mixture:
+        """The weights of one checkpoint tensor, as a mixture without groups."""
+        if not self.groups:
+            return self
+        weights = next((group.weights for group in self.groups if group.holds(tensor)), self.weights)
+        return Mixture(self.names, weights)
+
+    def without_groups(self) -> Mixture:
+        """The weights of the tensors that are in no group."""
+        return replace(self, groups=()) if self.groups else self
 
     @classmethod
     def of(cls, names: Sequence[str], given: Mapping[str, float], *, normalize: bool = True) -> Mixture:
@@ -98,19 +130,37 @@ class Mixture:
         return dict(zip(self.names, self.weights, strict=True))
 
     def key(self) -> str:
-        """Canonical text, equal exactly when the mixtures are equal; floats round-trip."""
-        return json.dumps(
-            [[name, weight + 0.0] for name, weight in zip(self.names, self.weights, strict=True)]
-        )
+        """Canonical text, equal exactly when the mixtures are equal; floats round-trip.
+
+        A list of [name, weight]; with groups an object of "weights", that list, and "groups", [patterns, weights] each.
+        """
+        pairs = [[name, weight + 0.0] for name, weight in zip(self.names, self.weights, strict=True)]
+        if not self.groups:
+            return json.dumps(pairs)
+        groups = [[group.tensors, [weight + 0.0 for weight in group.weights]] for group in self.groups]
+        return json.dumps({"weights": pairs, "groups": groups})
 
     @classmethod
     def from_key(cls, key: str) -> Mixture:
-        pairs = json.loads(key)
-        return cls(tuple(name for name, _ in pairs), tuple(float(weight) for _, weight in pairs))
+        content: Any = json.loads(key)
+        pairs, groups = (
+            (content["weights"], content["groups"]) if isinstance(content, dict) else (content, [])
+        )
+        return cls(
+            tuple(name for name, _ in pairs),
+            tuple(float(weight) for _, weight in pairs),
+            tuple(LayerGroup(tuple(tensors), tuple(map(float, weights))) for tensors, weights in groups),
+        )
 
     def __str__(self) -> str:
-        if not any(self.weights):
-            return "base"
-        return " ".join(
-            f"{name} {weight:.3g}" for name, weight in zip(self.names, self.weights, strict=True) if weight
-        )
+        overall = _shown(self.names, self.weights)
+        if not self.groups:
+            return overall
+        groups = (f"{'|'.join(group.tensors)}: {_shown(self.names, group.weights)}" for group in self.groups)
+        return "; ".join([overall, *groups])
+
+
+def _shown(names: Sequence[str], weights: Sequence[float]) -> str:
+    if not any(weights):
+        return "base"
+    return " ".join(f"{name} {weight:.3g}" for name, weight in zip(names, weights, strict=True) if weight)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergemix.errors import ConfigError
-from mergemix.mixture import Mixture
+from mergemix.mixture import LayerGroup, Mixture
 
 NAMES = ("math", "code", "web")
 shares = st.lists(st.floats(0, 1e6), min_size=3, max_size=3).filter(lambda w: sum(w) > 1e-200)
@@ -62,3 +62,38 @@ def test_a_name_twice_or_a_weight_too_few_is_refused() -> None:
         Mixture(("a", "a"), (0.5, 0.5))
     with pytest.raises(ConfigError, match="one weight per expert"):
         Mixture(("a", "b"), (1.0,))
+
+
+@given(
+    st.lists(
+        st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=3, max_size=3),
+        min_size=1,
+        max_size=4,
+    ),
+    st.lists(st.lists(st.text(min_size=1), min_size=1, max_size=3), min_size=3, max_size=3),
+)
+def test_a_key_gives_layer_groups_back_exactly(weights: list[list[float]], patterns: list[list[str]]) -> None:
+    overall, *others = (tuple(each) for each in weights)
+    groups = tuple(LayerGroup(tuple(p), w) for p, w in zip(patterns, others, strict=False))
+    mixture = Mixture(NAMES, overall, groups)
+    assert Mixture.from_key(mixture.key()) == mixture
+    assert (Mixture(NAMES, overall).key() == mixture.key()) == (not groups)
+
+
+def test_a_tensor_takes_the_weights_of_the_first_group_that_holds_it() -> None:
+    early = LayerGroup(("*.layers.0.*", "*.layers.1.*"), (1.0, 0.0, 0.0))
+    mlp = LayerGroup(("*.mlp.*",), (0.0, 1.0, 0.0))
+    mixture = Mixture(NAMES, (0.2, 0.3, 0.5), (early, mlp))
+    assert mixture.at("model.layers.1.mlp.up_proj.weight").weights == early.weights
+    assert mixture.at("model.layers.11.mlp.up_proj.weight").weights == mlp.weights
+    assert mixture.at("model.norm.weight") == mixture.without_groups() == Mixture(NAMES, (0.2, 0.3, 0.5))
+    assert "*.mlp.*: code 1" in str(mixture)
+
+
+def test_groups_are_checked_as_the_weights_are() -> None:
+    with pytest.raises(ConfigError, match="one weight per expert"):
+        Mixture(NAMES, (1.0, 0.0, 0.0), (LayerGroup(("*",), (1.0,)),))
+    with pytest.raises(ConfigError, match="finite"):
+        Mixture(NAMES, (1.0, 0.0, 0.0), (LayerGroup(("*",), (1.0, math.inf, 0.0)),))
+    with pytest.raises(ConfigError, match="at least one pattern"):
+        Mixture(NAMES, (1.0, 0.0, 0.0), (LayerGroup((), (1.0, 0.0, 0.0)),))

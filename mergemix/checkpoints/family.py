@@ -67,6 +67,7 @@ class Family:
         rounding). Raises ConfigError as `coefficients`.
         """
         self._check_names(mixture)
+        mixture = mixture.at(name)
         whole: list[tuple[TensorInfo, float]] = []
         dense, low_rank = [], []
         for position, (expert, weight) in enumerate(
@@ -89,7 +90,7 @@ class Family:
     def coefficients(self, mixture: Mixture) -> list[float]:
         """The coefficient of each of `members` as kernels use it, rounded to fp32; 0.0: it is not read.
 
-        Of a family of whole checkpoints: with adapters, `terms` differ between tensors.
+        Of a family of whole checkpoints and a mixture without groups: else `terms` differ between tensors.
         Raises ConfigError when the mixture is not over the experts, a coefficient is beyond fp32, or the weights
         need a base that is not there.
         """
