@@ -127,7 +127,16 @@ class Mixture:
         return [*base, *((n, w) for n, w in zip(self.names, self.weights, strict=True) if w != 0.0)]
 
     def as_dict(self) -> dict[str, float]:
+        """The weights of the tensors that are in no group, by expert."""
         return dict(zip(self.names, self.weights, strict=True))
+
+    def describe(self) -> dict[str, Any]:
+        """For programs and records: {"mixture": weights by expert}, and "groups" where there are any."""
+        groups = [
+            {"tensors": list(g.tensors), "weights": dict(zip(self.names, g.weights, strict=True))}
+            for g in self.groups
+        ]
+        return {"mixture": self.as_dict(), **({"groups": groups} if groups else {})}
 
     def key(self) -> str:
         """Canonical text, equal exactly when the mixtures are equal; floats round-trip.

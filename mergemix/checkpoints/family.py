@@ -9,6 +9,7 @@ import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from mergemix.checkpoints.adapter import Adapter, LowRankDelta, is_adapter, open_adapter
@@ -98,6 +99,16 @@ class Family:
         weights = [_fp32(name, weight) for name, weight in mixture.as_dict().items()]
         rest = self._base_share(mixture.weights)
         return weights if self.base is None else [rest, *weights]
+
+    def check_groups(self, mixture: Mixture) -> None:
+        """Raise ConfigError for a layer group with a pattern that no tensor's name matches."""
+        names = self.template.tensors
+        for pattern in (pattern for group in mixture.groups for pattern in group.tensors):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(
+                    f"a layer group's pattern must match tensors of the checkpoints, but {shown(pattern)} matches "
+                    f"none of {len(names)}; the first is called {shown(next(iter(names)))}"
+                )
 
     def _check_names(self, mixture: Mixture) -> None:
         if mixture.names != self.names:

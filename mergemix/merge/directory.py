@@ -67,4 +67,4 @@ def _record(family: Family, plan: MergePlan, mixture: Mixture) -> dict[str, Any]
         for member in family.members
         if member.name in plan.operand_names
     }
-    return {"mergemix": __version__, "mixture": mixture.as_dict(), "checkpoints": members}
+    return {"mergemix": __version__, **mixture.describe(), "checkpoints": members}

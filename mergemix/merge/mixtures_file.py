@@ -10,11 +10,12 @@ from typing import Any
 
 from mergemix.checkpoints.strict_json import parse_object, read_bounded, shown
 from mergemix.errors import CheckpointError, ConfigError
-from mergemix.mixture import Mixture
+from mergemix.mixture import LayerGroup, Mixture
 
 MAX_NAME_LENGTH = 100
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")  # a directory's name on every file system
-KEYS = ("name", "weights")
+KEYS = ("name", "weights", "groups")
+GROUP_KEYS = ("tensors", "weights")
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ def read_mixtures(path: Path, experts: Sequence[str], *, normalize: bool = True)
     """The mixtures of a JSON Lines file, in its order.
 
     A line is {"name": "m1", "weights": {"math": 0.5, ...}}, or the weights alone; a mixture without a name is
-    called mixture-0001 and so on, after its place among the mixtures. Empty lines, CRLF and a byte order mark
-    are accepted. normalize: as for Mixture.of.
+    called mixture-0001 and so on, after its place among the mixtures. "groups" may give tensors weights of their own,
+    see `parse_mixture`. Empty lines, CRLF and a byte order mark are accepted. normalize: as for Mixture.of.
     Raises ConfigError, which names the line, on anything else, and on names that repeat.
     """
     recipes: list[Recipe] = []
@@ -40,7 +41,7 @@ def read_mixtures(path: Path, experts: Sequence[str], *, normalize: bool = True)
         if not raw.strip():
             continue
         where = f"{path}:{number}"
-        name, given = _parse(raw.strip(), where)
+        name, content = _parse(raw.strip(), where)
         name = f"mixture-{len(recipes) + 1:04}" if name is None else name
         folded = name.casefold()  # file systems that ignore case would mix the two
         if folded in lines:
@@ -49,11 +50,8 @@ def read_mixtures(path: Path, experts: Sequence[str], *, normalize: bool = True)
                 "directory of its own, so names must differ in more than case"
             )
         lines[folded] = number
-        try:
-            mixture = Mixture.of(experts, given, normalize=normalize)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
-        recipes.append(Recipe(name, given, mixture))
+        mixture = parse_mixture(content, experts, where, normalize=normalize)
+        recipes.append(Recipe(name, content["weights"], mixture))
     if not recipes:
         raise ConfigError(f"{path} holds no mixtures; write one a line, such as {_example(experts)}")
     return recipes
@@ -68,15 +66,55 @@ def _read(path: Path) -> bytes:
     return raw.removeprefix(b"\xef\xbb\xbf")
 
 
-def _parse(raw: bytes, where: str) -> tuple[str | None, dict[str, float]]:
-    """Name (None: none was given) and weights of one line."""
+def parse_mixture(
+    content: Mapping[str, Any], experts: Sequence[str], where: str, *, normalize: bool = True
+) -> Mixture:
+    """The mixture {"weights": {"math": 0.5, ...}, "groups": [{"tensors": ["*.mlp.*"], "weights": {...}}, ...]}.
+
+    "groups" may be absent. Tensors whose name matches a pattern of a group take its weights, of the first that does;
+    all others take the overall ones. where: for messages.
+    Raises ConfigError on anything else, and as Mixture.of.
+    """
+    weights, groups = content.get("weights"), content.get("groups", [])
+    if not isinstance(weights, Mapping):
+        raise ConfigError(f"{where}: 'weights' must map experts to numbers, but is {shown(weights)}")
+    if not isinstance(groups, list):
+        raise ConfigError(f"{where}: 'groups' must be a list, but is {shown(groups)}")
+    try:
+        overall = Mixture.of(experts, _weights(weights, where), normalize=normalize)
+        parsed = [_group(group, experts, where, normalize) for group in groups]
+        return Mixture(overall.names, overall.weights, tuple(parsed))
+    except ConfigError as error:
+        message = str(error)
+        raise ConfigError(message if message.startswith(where) else f"{where}: {message}") from None
+
+
+def _group(group: Any, experts: Sequence[str], where: str, normalize: bool) -> LayerGroup:
+    if not isinstance(group, dict) or set(group) != set(GROUP_KEYS):
+        raise ConfigError(
+            f"{where}: a group must hold {' and '.join(map(repr, GROUP_KEYS))}, but is {shown(group)}"
+        )
+    tensors = [group["tensors"]] if isinstance(group["tensors"], str) else group["tensors"]
+    if not isinstance(tensors, list) or not tensors or not all(isinstance(t, str) and t for t in tensors):
+        raise ConfigError(
+            f"{where}: 'tensors' of a group must be patterns of tensor names such as \"*.mlp.*\", "
+            f"but is {shown(tensors)}"
+        )
+    if not isinstance(group["weights"], dict):
+        raise ConfigError(f"{where}: 'weights' must map experts to numbers, but is {shown(group['weights'])}")
+    mixture = Mixture.of(experts, _weights(group["weights"], where), normalize=normalize)
+    return LayerGroup(tuple(tensors), mixture.weights)
+
+
+def _parse(raw: bytes, where: str) -> tuple[str | None, dict[str, Any]]:
+    """Name (None: none was given), and weights and groups of one line."""
     try:
         content = parse_object(raw, where)
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
     # An expert may be called "weights" or "name" too, but its value is a number then.
     if not isinstance(content.get("weights"), dict) and not isinstance(content.get("name"), str):
-        return None, _weights(content, where)
+        return None, {"weights": _weights(content, where)}
     unknown = [key for key in content if key not in KEYS]
     if unknown:
         raise ConfigError(
@@ -89,7 +127,7 @@ def _parse(raw: bytes, where: str) -> tuple[str | None, dict[str, float]]:
     name = content.get("name")
     if "name" in content:
         _check_name(name, where)
-    return name, _weights(weights, where)
+    return name, {**content, "weights": _weights(weights, where)}
 
 
 def _weights(weights: Mapping[str, Any], where: str) -> dict[str, float]:

@@ -78,8 +78,10 @@ def plan_merge(family: Family, mixtures: Sequence[Mixture]) -> MergePlan:
     Tensors that are not floating point are copied from the first operand. A tensor that an adapter changes gets its
     low-rank product added, and the adapter's share of the base.
     Raises ConfigError when a mixture is not over the family's experts, needs a base that is not there, has a
-    coefficient beyond fp32, or when more operands are read than the kernels take.
+    coefficient beyond fp32 or a layer group that holds no tensor, or when more operands are read than the kernels take.
     """
+    for mixture in mixtures:
+        family.check_groups(mixture)
     # Equal coefficients become one object: by that a merge knows which tensors it may sum together.
     cache: dict[Coefficients, Coefficients] = {}
     tasks = tuple(_task(family, template, mixtures, cache) for template in family.template.tensors.values())

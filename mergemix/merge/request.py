@@ -96,4 +96,4 @@ def _recipes(
 
 
 def _weights(recipe: Recipe) -> dict[str, Any]:
-    return {"given": dict(recipe.given), "mixture": recipe.mixture.as_dict()}
+    return {"given": dict(recipe.given), **recipe.mixture.describe()}

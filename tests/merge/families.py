@@ -47,7 +47,7 @@ def expected(base: Tensors | None, experts: Mapping[str, Tensors], mixture: Mixt
     result = {}
     for name in next(iter(experts.values())):
         sources, weights = [], []
-        for operand, coefficient in mixture.coefficients():
+        for operand, coefficient in mixture.at(name).coefficients():
             tensors = experts[operand] if operand is not None else base
             assert tensors is not None
             if np.float32(coefficient) != 0:

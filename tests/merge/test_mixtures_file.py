@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mergemix.errors import ConfigError
 from mergemix.merge.mixtures_file import read_mixtures
-from mergemix.mixture import Mixture
+from mergemix.mixture import LayerGroup, Mixture
 
 EXPERTS = ("math", "code", "web")
 shares = st.dictionaries(
@@ -91,6 +91,14 @@ GOOD = '{"math": 1}'
             (json.dumps({"name": name, "weights": {"math": 1}}), ":1: a mixture's name becomes a directory")
             for name in ("", ".", "..", "a/b", "../x", "/etc", ".hidden", "a\\b", "a\0b", "a b", "-rf", "é", "x" * 101)
         ),
+        ('{"weights": {"math": 1}, "groups": {}}', ":1: 'groups' must be a list"),
+        ('{"weights": {"math": 1}, "groups": [3]}', ":1: a group must hold 'tensors' and 'weights', but is 3"),
+        ('{"weights": {"math": 1}, "groups": [{"tensors": ["*"]}]}', "must hold 'tensors' and 'weights'"),
+        ('{"weights": {"math": 1}, "groups": [{"tensors": [], "weights": {"math": 1}}]}', "must be patterns"),
+        ('{"weights": {"math": 1}, "groups": [{"tensors": [1], "weights": {"math": 1}}]}', "must be patterns"),
+        ('{"weights": {"math": 1}, "groups": [{"tensors": "*", "weights": 1}]}', "must map experts to numbers"),
+        ('{"weights": {"math": 1}, "groups": [{"tensors": "*", "weights": {"x": 1}}]}', ":1: no expert is called 'x'"),
+        ('{"weights": {"math": 1}, "groups": [{"tensors": "*", "weights": {"math": 0}}]}', "positive, finite sum"),
         ('{"name": 7, "weights": {"math": 1}}', "but is 7"),
         ('{"name": null, "weights": {"math": 1}}', "but is None"),
     ],
@@ -110,3 +118,17 @@ def test_a_file_that_is_not_there_or_no_file(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(ConfigError, match=f"cannot read the mixtures {path}"):
             read_mixtures(path, EXPERTS)
+
+
+def test_groups_have_weights_of_their_own(tmp_path: Path) -> None:
+    groups = [
+        {"tensors": ["*.0.*", "*.1.*"], "weights": {"math": 3, "code": 1}},
+        {"tensors": "x", "weights": {"web": 1}},
+    ]
+    (tmp_path / "m").write_text(json.dumps({"name": "a", "weights": {"math": 1}, "groups": groups}))
+    (recipe,) = read_mixtures(tmp_path / "m", EXPERTS)
+    assert recipe.mixture == Mixture(
+        EXPERTS,
+        (1.0, 0.0, 0.0),
+        (LayerGroup(("*.0.*", "*.1.*"), (0.75, 0.25, 0.0)), LayerGroup(("x",), (0.0, 0.0, 1.0))),
+    )

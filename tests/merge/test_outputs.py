@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 from mergemix.checkpoints.checkpoint import open_checkpoint
 from mergemix.checkpoints.family import open_family
-from mergemix.errors import NonFiniteError
+from mergemix.errors import ConfigError, NonFiniteError
 from mergemix.merge import merge_many, merge_to_directory
 from mergemix.merge import stream as stream_module
 from mergemix.merge.buffers import Buffers
-from mergemix.mixture import Mixture
+from mergemix.mixture import LayerGroup, Mixture
 from tests.merge.families import NAMES, Tensors, bits, expected, tiny_family, write_family
 from tests.merge.test_stream import families
 from tests.tiny import random_tensors, write_checkpoint
@@ -53,7 +53,17 @@ def test_every_output_is_the_reference_bit_for_bit(
         st.one_of(st.just(0.0), st.floats(-0.5, 1.0)), min_size=len(experts), max_size=len(experts)
     )
     drawn = data.draw(st.lists(weights, min_size=1, max_size=9), label="weights")
-    mixtures = {f"m{p}": Mixture(tuple(experts), tuple(given)) for p, given in enumerate(drawn)}
+    patterns = st.lists(st.sampled_from(sorted(next(iter(experts.values())))), min_size=1, max_size=2)
+    groups = [
+        tuple(
+            LayerGroup(tuple(tensors), tuple(of_group))
+            for tensors, of_group in data.draw(
+                st.lists(st.tuples(patterns, weights), max_size=2), label="groups"
+            )
+        )
+        for _ in drawn
+    ]
+    mixtures = {f"m{p}": Mixture(tuple(experts), tuple(given), groups[p]) for p, given in enumerate(drawn)}
     buffers = Buffers(
         workers=data.draw(st.integers(1, 7), label="workers"),
         block_bytes=4096 * data.draw(st.integers(1, 5), label="pages"),
@@ -162,3 +172,19 @@ def test_many_outputs_need_few_open_files(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert len(list((tmp_path / "merged").glob("*/*"))) == 20 * (8 + 5 + 3)
+
+
+def test_a_group_that_holds_no_tensor_is_refused(tmp_path: Path) -> None:
+    family = tiny_family(tmp_path)
+    mixture = Mixture(NAMES, (1.0, 0.0, 0.0), (LayerGroup(("nothing.*",), (0.0, 1.0, 0.0)),))
+    with pytest.raises(ConfigError, match=r"'nothing.\*' matches none of 3"):
+        merge_to_directory(family, mixture, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_record_of_a_merge_says_its_groups(tmp_path: Path) -> None:
+    mixture = Mixture(NAMES, (1.0, 0.0, 0.0), (LayerGroup(("layer.*",), (0.0, 0.5, 0.5)),))
+    merge_to_directory(tiny_family(tmp_path), mixture, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "mergemix.json").read_text())
+    assert record["groups"] == [{"tensors": ["layer.*"], "weights": {"math": 0.0, "code": 0.5, "web": 0.5}}]
+    assert set(record["checkpoints"]) == set(NAMES)
