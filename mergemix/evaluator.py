@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from mergemix.errors import EngineError
 from mergemix.evals.suite import ItemResult, Suite
 from mergemix.mixture import Mixture
-from mergemix.serve.engine import Engine
+from mergemix.serve.engine import Engine, Swap
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one candidate gave. timings: seconds by stage (swap_s, generate_s, score_s).
+    """What one candidate gave. timings: seconds by stage (swap_s, generate_s, score_s). swap: what the swap moved.
 
     start_s: seconds that an engine took to start for it, mostly 0. failure: why there are no results.
     """
@@ -25,6 +25,7 @@ class Evaluation:
     proven: bool
     start_s: float = 0.0
     failure: str | None = None
+    swap: Swap | None = None
 
 
 class LocalEvaluator:
@@ -66,7 +67,7 @@ class LocalEvaluator:
             "generate_s": answered - swapped,
             "score_s": time.perf_counter() - answered,
         }
-        return Evaluation(mixture, tuple(results), timings, engine.proven, start_s)
+        return Evaluation(mixture, tuple(results), timings, engine.proven, start_s, swap=swap)
 
     def _ready(self) -> Engine:
         if self._engine is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from mergemix.evals.suite import Suite
 from mergemix.evals.utility import Utility
 from mergemix.evaluator import LocalEvaluator
 from mergemix.mixture import Mixture
+from mergemix.serve.engine import Swap
 from mergemix.study import CandidateRecord, Study
 
 
@@ -95,6 +96,7 @@ class Evidence:
                 origin=origin,
                 results=evaluation.results,
                 timings={**evaluation.timings, "overhead_s": overhead_s},
+                swap=_counts(evaluation.swap),
                 proven=evaluation.proven,
             )
             self._tell(record, seconds)
@@ -126,3 +128,8 @@ class Evidence:
         record = self.study.find(mixture, repeat=repeat)
         assert record is not None, "every mixture that was collected is stored"
         return record
+
+
+def _counts(swap: Swap | None) -> dict[str, Any]:
+    """What a swap moved, without its time, which is among the timings."""
+    return {} if swap is None else {key: value for key, value in asdict(swap).items() if key != "seconds"}

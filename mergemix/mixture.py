@@ -165,8 +165,8 @@ class Mixture:
         overall = _shown(self.names, self.weights)
         if not self.groups:
             return overall
-        groups = (f"{'|'.join(group.tensors)}: {_shown(self.names, group.weights)}" for group in self.groups)
-        return "; ".join([overall, *groups])
+        own = sum(group.weights != self.weights for group in self.groups)
+        return f"{overall} ({own} of {len(self.groups)} layer groups differ)"
 
 
 def _shown(names: Sequence[str], weights: Sequence[float]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ def baseline_mixtures(names: tuple[str, ...], *, has_base: bool) -> dict[str, Mi
     }
 
 
-def best_candidate(evidence: Evidence) -> CandidateRecord:
+def best_candidate(evidence: Evidence, *, plain: bool = False) -> CandidateRecord:
     """The best observed mixture of data: highest utility, the earliest on a tie; the base is no mixture.
 
-    Raises StudyError when no candidate succeeded.
+    plain: among those without layer groups. Raises StudyError when no candidate succeeded.
     """
-    scored = [(u, record) for record in evidence.mixtures() if (u := evidence.utility_of(record)) is not None]
+    records = [record for record in evidence.mixtures() if not (plain and record.mixture.groups)]
+    scored = [(u, record) for record in records if (u := evidence.utility_of(record)) is not None]
     if not scored:
         reasons = {record.reason for record in evidence.study.candidates() if record.reason}
         raise StudyError(f"no candidate could be evaluated: {'; '.join(sorted(reasons))}")
@@ -65,10 +67,10 @@ def summarize(
         "engine": engine,
         "candidates": len(first),
         "failed": sum(not record.done for record in first),
-        "failures": [{"mixture": r.mixture.as_dict(), "reason": r.reason} for r in first if not r.done],
+        "failures": [{**r.mixture.describe(), "reason": r.reason} for r in first if not r.done],
         "stopped": dict(stopped),
         "best": {
-            "mixture": best.mixture.as_dict(),
+            **best.mixture.describe(),
             "utility": utility(best.scores),
             "interval": list(stats.interval(utility, best_items)),
             "capabilities": capability_scores(best.scores, evidence.suite.capabilities),
@@ -77,7 +79,10 @@ def summarize(
             name: evidence.utility_of(record) if record else None for name, record in found.items()
         },
         "noise_floor": noise_floor,
-        "indistinguishable": [mixture.as_dict() for mixture in ties],
+        "indistinguishable": [
+            mixture.describe() if mixture.groups else mixture.as_dict() for mixture in ties
+        ],
+        **_without_groups(evidence),
         **_costs(evidence),
     }
 
@@ -127,6 +132,29 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         ) from error
 
 
+def _without_groups(evidence: Evidence) -> dict[str, Any]:
+    """Of a search with layer groups the best plain mixture too: layer-wise weights are a model, not shares of data."""
+    if not any(record.mixture.groups for record in evidence.mixtures()):
+        return {}
+    plain = best_candidate(evidence, plain=True)
+    return {
+        "best_without_groups": {
+            "mixture": plain.mixture.as_dict(),
+            "utility": evidence.utility_of(plain),
+        }
+    }
+
+
+def _moved(done: Sequence[CandidateRecord]) -> dict[str, Any]:
+    """Totals over all swaps: bytes read by place (device, host, disk) and written, destinations written and skipped."""
+    swaps = [record.swap for record in done if record.swap]
+    read: Counter[str] = Counter()
+    for swap in swaps:
+        read.update(swap["bytes_read"])
+    totals = {key: sum(swap[key] for swap in swaps) for key in ("bytes_written", "destinations", "skipped")}
+    return {"bytes_read": dict(read), **totals}
+
+
 def _costs(evidence: Evidence) -> dict[str, Any]:
     """Swaps, items and median seconds a candidate, of everything the study paid for, repeats included."""
     done = [record for record in evidence.study.candidates() if record.done]
@@ -139,6 +167,7 @@ def _costs(evidence: Evidence) -> dict[str, Any]:
             "count": len(done),
             "proven": all(record.proven for record in done),
             "median_s": median("swap_s"),
+            **_moved(done),
         },
         "item_evaluations": evidence.study.item_evaluations(),
         "generation_median_s": median("generate_s"),

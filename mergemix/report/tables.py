@@ -45,6 +45,7 @@ def run_table(summary: Mapping[str, Any]) -> RenderableType:
         f"Best mixture: {shares(best['mixture'])}",
         f"  utility {best['utility']:.4g}, 95% interval over items [{low:.4g}, {high:.4g}]; "
         f"noise floor {_number(summary['noise_floor'])} (best and uniform evaluated twice)",
+        *_groups(best),
         *_warnings(summary),
         *_ties(summary["indistinguishable"]),
         *_costs(summary),
@@ -78,8 +79,27 @@ def _gains(holdout: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _groups(best: Mapping[str, Any]) -> list[str]:
+    """The weights of each layer group of the best mixture."""
+    lines = []
+    for group in best.get("groups", ()):
+        first, *rest = group["tensors"]
+        named = f"{first} to {rest[-1]}" if len(rest) > 1 else " ".join(group["tensors"])
+        lines.append(f"  {named}: {shares(group['weights'])}")
+    return lines
+
+
 def _warnings(summary: Mapping[str, Any]) -> list[str]:
     base = summary["baselines"].get("base")
+    plain = summary.get("best_without_groups")
+    told = (
+        [
+            "Weights by layer make a model, not shares of data; the best shares for the whole model are "
+            f"{shares(plain['mixture'])}, utility {plain['utility']:.4g}."
+        ]
+        if plain
+        else []
+    )
     lines = [f"  failed: {shares(each['mixture'])}: {each['reason']}" for each in summary["failures"]]
     if base is not None and base > summary["best"]["utility"]:
         lines.append(
@@ -89,19 +109,25 @@ def _warnings(summary: Mapping[str, Any]) -> list[str]:
         lines.append(
             "The best of many is also lucky: score it on items that the search has not seen (--holdout)."
         )
-    return lines
+    return [*told, *lines]
 
 
-def _ties(mixtures: Sequence[Mapping[str, float]]) -> list[str]:
+def _ties(mixtures: Sequence[Mapping[str, Any]]) -> list[str]:
     if not mixtures:
         return ["No other candidate is within its error bars."]
-    shown = [f"    {shares(mixture)}" for mixture in mixtures[:MAX_TIES_SHOWN]]
+    shown = [f"    {_shares_and_groups(mixture)}" for mixture in mixtures[:MAX_TIES_SHOWN]]
     more = len(mixtures) - len(shown)
     return [
         f"{len(mixtures)} other candidates cannot be told from it (paired over items):",
         *shown,
         *([f"    and {more} more, see --json"] if more else []),
     ]
+
+
+def _shares_and_groups(mixture: Mapping[str, Any]) -> str:
+    if "groups" not in mixture:
+        return shares(mixture)
+    return f"{shares(mixture['mixture'])}, with {len(mixture['groups'])} layer groups"
 
 
 def _costs(summary: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from mergemix.errors import OutputError, StudyError
 
 FILE_NAME = "study.sqlite"
 APPLICATION_ID = 0x4D4D4958  # "MMIX": tells our files from other SQLite files
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = (
     """CREATE TABLE manifest (
@@ -30,6 +30,7 @@ _SCHEMA = (
         reason TEXT CHECK ((reason IS NOT NULL) = (status = 'failed')),
         proven INTEGER NOT NULL CHECK (proven IN (0, 1)),  -- the engine's self-test had passed
         timings TEXT NOT NULL,  -- JSON, name to seconds
+        swap TEXT NOT NULL,  -- JSON, what the swap to it moved: bytes by place, destinations
         recorded TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%SZ', 'now')),
         UNIQUE (mixture, repeat)
     )""",

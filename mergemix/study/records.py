@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from mergemix.mixture import Mixture
 
@@ -39,7 +39,8 @@ class CandidateRecord:
     id: 1, 2, ... in the order of evaluation. repeat: 0, or n for its n-th evaluation over again (the
     noise floor). origin: who proposed it ("uniform", "expert:math", "base", "prior", "cma" ...).
     reason: why it failed, None when done. proven: the weights were swapped in by an engine whose self-test
-    had passed. timings: seconds by stage. scores: mean over the items by benchmark, empty when failed.
+    had passed. timings: seconds by stage. swap: what the swap to it moved, as `serve.engine.Swap` counts it, empty
+    when failed. scores: mean over the items by benchmark, empty when failed.
     """
 
     id: int
@@ -50,6 +51,7 @@ class CandidateRecord:
     reason: str | None
     proven: bool
     timings: Mapping[str, float]
+    swap: Mapping[str, Any]
     scores: Mapping[str, float]
 
     @property

@@ -16,7 +16,7 @@ from mergemix.study import database, manifest
 from mergemix.study.lock import DirectoryLock
 from mergemix.study.records import CandidateRecord, ItemRecord, ItemResult
 
-_CANDIDATE = "SELECT id, mixture, repeat, origin, status, reason, proven, timings FROM candidate"
+_CANDIDATE = "SELECT id, mixture, repeat, origin, status, reason, proven, timings, swap FROM candidate"
 
 
 class Study:
@@ -125,11 +125,12 @@ class Study:
         origin: str,
         results: Sequence[ItemResult],
         timings: Mapping[str, float],
+        swap: Mapping[str, Any] | None = None,
         proven: bool = False,
     ) -> CandidateRecord:
         """Store one evaluated candidate with all its items, whole or not at all, and return it as stored.
 
-        proven: the engine's self-test had passed before these scores were taken.
+        proven: the engine's self-test had passed before these scores were taken. swap: JSON values.
 
         Raises ValueError when a result already stands for this mixture and repeat, there are no results, or a
         score is not finite; OutputError when the disk is full (earlier results are intact).
@@ -140,7 +141,7 @@ class Study:
             if not math.isfinite(result.score):
                 raise ValueError(f"item {result.item!r} of {result.benchmark!r} has the score {result.score}")
         with database.explained(self.path), database.transaction(self._connection):
-            candidate = self._put(mixture, repeat, origin, None, timings, proven)
+            candidate = self._put(mixture, repeat, origin, None, timings, swap or {}, proven)
             self._connection.executemany(
                 "INSERT INTO item (benchmark, item) VALUES (?, ?) ON CONFLICT DO NOTHING",
                 [(result.benchmark, result.item) for result in results],
@@ -167,7 +168,7 @@ class Study:
     ) -> CandidateRecord:
         """Store that a candidate failed, and why. Raises like `record`."""
         with database.explained(self.path), database.transaction(self._connection):
-            candidate = self._put(mixture, repeat, origin, reason, timings or {}, proven=False)
+            candidate = self._put(mixture, repeat, origin, reason, timings or {}, {}, proven=False)
         return self._get(candidate)
 
     def results(self, candidate_id: int) -> list[ItemRecord]:
@@ -231,26 +232,28 @@ class Study:
         origin: str,
         reason: str | None,
         timings: Mapping[str, float],
+        swap: Mapping[str, Any],
         proven: bool,
     ) -> int:
         """Write the candidate's row in the caller's transaction; a failure that is retried keeps its id."""
         status = "done" if reason is None else "failed"
         seconds = json.dumps({name: float(s) for name, s in timings.items()})
-        values = (origin, status, reason, int(proven), seconds)
+        values = (origin, status, reason, int(proven), seconds, json.dumps(dict(swap)))
         found = self._connection.execute(
             "SELECT id FROM candidate WHERE mixture = ? AND repeat = ?", (mixture.key(), repeat)
         ).fetchone()
         if found is None:
             cursor = self._connection.execute(
-                "INSERT INTO candidate (mixture, repeat, origin, status, reason, proven, timings) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO candidate (mixture, repeat, origin, status, reason, proven, timings, swap) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (mixture.key(), repeat, *values),
             )
             return int(cursor.lastrowid or 0)
         if found[0] not in self._to_retry:
             raise ValueError(f"repeat {repeat} of {mixture} has a result already: candidate {found[0]}")
         self._connection.execute(
-            "UPDATE candidate SET origin = ?, status = ?, reason = ?, proven = ?, timings = ? WHERE id = ?",
+            "UPDATE candidate SET origin = ?, status = ?, reason = ?, proven = ?, timings = ?, swap = ? "
+            "WHERE id = ?",
             (*values, found[0]),
         )
         return int(found[0])
@@ -280,6 +283,7 @@ class Study:
                 reason=row[5],
                 proven=bool(row[6]),
                 timings=json.loads(row[7]),
+                swap=json.loads(row[8]),
                 scores=scores[row[0]],
             )
             for row in rows

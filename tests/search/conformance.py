@@ -45,10 +45,11 @@ def drive(search: Search, objective: Objective = bumpy) -> list[Mixture]:
 class SearchConformance:
     kind: str
     seeded = True  # proposals depend on the seed
+    groups: tuple[tuple[str, ...], ...] = ()  # layer groups
     continues = True  # a larger budget continues the proposals of a smaller one
 
     def open(self, budget: int = 30, seed: int = 0, prior: Mixture | None = None, names=NAMES) -> Search:
-        return open_search(self.kind, names, budget=budget, seed=seed, prior=prior)
+        return open_search(self.kind, names, budget=budget, seed=seed, prior=prior, groups=self.groups)
 
     @several
     @given(st.integers(2, 7), st.integers(0, 2**32), st.integers(0, 40))
@@ -59,7 +60,8 @@ class SearchConformance:
         assert len(set(proposed)) == len(proposed) <= k + 1 + extra
         for mixture in proposed:
             assert mixture.names == names
-            assert snap(names, mixture.weights) == mixture  # raises off the simplex; equal on its grid
+            for weights in (mixture.weights, *(group.weights for group in mixture.groups)):
+                assert snap(names, weights).weights == weights  # raises off the simplex; equal on its grid
 
     @pytest.mark.parametrize("prior", [None, PRIOR])
     def test_start_points_come_first(self, prior):
@@ -82,7 +84,7 @@ class SearchConformance:
     def test_same_proposals_in_another_process(self):
         code = (
             "from tests.search.conformance import drive, NAMES; from mergemix.search import open_search;"
-            f"print(drive(open_search({self.kind!r}, NAMES, budget=30, seed=5)))"
+            f"print(drive(open_search({self.kind!r}, NAMES, budget=30, seed=5, groups={self.groups!r})))"
         )
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert run.stdout.strip() == repr(drive(self.open(seed=5)))

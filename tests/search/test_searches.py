@@ -49,6 +49,52 @@ class TestGrid(SearchConformance):
         assert "1/3" in search.stop()["grid"]
 
 
+GROUPS = (("a.0.*", "a.1.*"), ("a.2.*",), ("b",))
+
+
+class TestBlockwise(SearchConformance):
+    """Layer groups after a search of whole mixtures; of the objective only what the whole model has counts."""
+
+    kind = "cma"
+    continues = False
+    groups = GROUPS
+
+    def test_the_second_half_changes_one_group_of_the_best_at_a_time(self):
+        def score(mixture):
+            return sum(
+                weight * (k + 1) for k, group in enumerate(mixture.groups) for weight in group.weights[:1]
+            )
+
+        search = self.open(budget=60)
+        plain, layered = [], []
+        best, best_score = None, -math.inf
+        while not search.stop():
+            batch = search.ask()
+            for mixture in batch:
+                (layered if mixture.groups else plain).append(mixture)
+                if mixture.groups and best is not None and best.groups:
+                    pairs = zip(best.groups, mixture.groups, strict=True)
+                    assert sum(a != b for a, b in pairs) == 1
+                    assert best.weights == mixture.weights
+                assert not mixture.groups or tuple(g.tensors for g in mixture.groups) == GROUPS
+            search.tell([(mixture, score(mixture)) for mixture in batch])
+            for mixture in batch:
+                if score(mixture) > best_score:
+                    best, best_score = mixture, score(mixture)
+        assert len(plain) == 30
+        assert len(layered) == 30
+        assert best_score > 3.0  # of 6 that are possible; the best whole mixture, wherever it is, counts 0
+
+    def test_it_ends_when_no_group_gets_better(self):
+        search = open_search("random", ("a", "b"), budget=2000, seed=0, groups=GROUPS[:1])
+        drive(search)
+        assert search.stop()
+
+    def test_groups_and_budget_are_part_of_its_identity(self):
+        assert self.open(30).identity != self.open(31).identity
+        assert self.open(30).identity["layer_groups"] == [list(group) for group in GROUPS]
+
+
 def test_every_search_has_a_conformance_class():
     tested = {cls.kind for cls in SearchConformance.__subclasses__()}
     assert tested == set(SEARCHES)

@@ -1,0 +1,99 @@
+"""Layer-wise search: first one mixture for the whole model, then the weights of one layer group after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mergemix.mixture import LayerGroup, Mixture
+from mergemix.search.base import Search
+from mergemix.search.layers import Patterns
+from mergemix.search.simplex import basis, project, snap
+
+# Proposals for a group before the next one has its turn.
+BATCH = 4
+# Steps in the simplex around the best weights so far; vertices are about 1 from the centroid. A round over all groups
+# that found nothing better halves them.
+FIRST_STEP = 0.25
+SMALLEST_STEP = 0.01
+MAX_REPEATS = 1000
+
+
+class BlockwiseSearch(Search):
+    """A search of whole-model mixtures with half of the budget, then block coordinate search over layer groups.
+
+    In the second half every candidate differs from the best one so far in one group only, so that a swap to it
+    moves little more than that group.
+
+    inner: the search of the first half; its budget is at least its start points. groups: patterns of each group.
+    """
+
+    kind = "blockwise"
+
+    def __init__(self, inner: Search, groups: Sequence[Patterns], *, budget: int, seed: int) -> None:
+        super().__init__(inner.names, budget=budget, seed=seed, prior=None)
+        self._inner = inner
+        self._groups = tuple(groups)
+        self._rng = np.random.default_rng([seed, len(groups)])
+        self._basis = basis(len(self.names))
+        self._turn = 0
+        self._step = FIRST_STEP
+        self._best_of_round: float | None = None
+        # Where the halves meet depends on the budget, and so does all that follows.
+        self.identity = {
+            **inner.identity,
+            "layer_groups": [list(group) for group in groups],
+            "budget": budget,
+        }
+
+    def ask(self) -> list[Mixture]:
+        return self._inner.ask() or super().ask()
+
+    def tell(self, results: Sequence[tuple[Mixture, float | None]]) -> None:
+        first = [(mixture, score) for mixture, score in results if not mixture.groups]
+        self._inner.tell(first)
+        self._waiting.update((mixture, None) for mixture, _ in first)
+        super().tell(results)
+
+    def _propose(self) -> list[Mixture]:
+        while self._step >= SMALLEST_STEP:
+            best = self._best()
+            group = self._turn % len(self._groups)
+            if group == 0:
+                self._end_round(best)
+            self._turn += 1
+            if new := self._around(best, group):
+                return new
+        self._reasons = {"converged": f"steps of less than {SMALLEST_STEP} in every layer group"}
+        return []
+
+    def _best(self) -> Mixture:
+        """The best candidate so far, the first of equals, with a group for each of ours."""
+        scored = [(score, mixture) for mixture, score in self._scores.items() if score is not None]
+        mixture = max(scored, key=lambda pair: pair[0])[1] if scored else self._starts[0]
+        groups = mixture.groups or tuple(LayerGroup(patterns, mixture.weights) for patterns in self._groups)
+        return Mixture(mixture.names, mixture.weights, groups)
+
+    def _end_round(self, best: Mixture) -> None:
+        score = max((score for score in self._scores.values() if score is not None), default=None)
+        if self._turn and score == self._best_of_round:
+            self._step /= 2
+        self._best_of_round = score
+
+    def _around(self, best: Mixture, group: int) -> list[Mixture]:
+        """New mixtures that differ from `best` in one group."""
+        center = np.array(best.groups[group].weights)
+        new: dict[Mixture, None] = {}
+        for _ in range(MAX_REPEATS):
+            if len(new) == BATCH:
+                break
+            moved = center + self._step * (self._basis @ self._rng.standard_normal(len(center) - 1))
+            weights = snap(self.names, project(moved)).weights
+            changed = LayerGroup(best.groups[group].tensors, weights)
+            mixture = Mixture(
+                best.names, best.weights, (*best.groups[:group], changed, *best.groups[group + 1 :])
+            )
+            if mixture not in self._scores and weights != best.groups[group].weights:
+                new[mixture] = None
+        return list(new)
