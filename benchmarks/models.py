@@ -88,6 +88,41 @@ class Shape:
         }
 
 
+@dataclass(frozen=True)
+class MoeShape(Shape):
+    """Qwen3-MoE's layers: `experts` of width `intermediate` in each, of which a token uses `active`."""
+
+    experts: int = 64
+    active: int = 8
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        named: dict[str, tuple[int, ...]] = {}
+        for name, shape in super().tensors().items():
+            layer, _, part = name.rpartition(".mlp.")
+            if not layer:
+                named[name] = shape
+                if name.endswith("o_proj.weight"):
+                    attention = name.removesuffix("o_proj.weight")
+                    named |= {f"{attention}{each}_norm.weight": (self.head_dim,) for each in "qk"}
+                continue
+            if part.startswith("gate_proj"):
+                named[f"{layer}.mlp.gate.weight"] = (self.experts, self.hidden)
+            named |= {f"{layer}.mlp.experts.{number}.{part}": shape for number in range(self.experts)}
+        return named
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "num_experts": self.experts,
+            "num_experts_per_tok": self.active,
+            "moe_intermediate_size": self.intermediate,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+
+
 SHAPES = {
     "test": Shape(64, 160, 2, 4, 2, 16, 512),  # 0.26 MB
     "small": Shape(1024, 4096, 8, 16, 4, 64, 32000),  # 0.3 GB
@@ -95,6 +130,8 @@ SHAPES = {
     "1b": Shape(2048, 8192, 16, 32, 8, 64, 32000),  # Llama 3.2 1B with a smaller vocabulary: 2.08 GB
     "4gb": Shape(2048, 8192, 32, 32, 8, 64, 32000),  # the same, twice the layers: 4.0 GB
     "16gb": Shape(4096, 14336, 32, 32, 8, 128, 128256, tied=False),  # Llama 3.1 8B: 16.1 GB
+    "test-moe": MoeShape(64, 32, 2, 4, 2, 16, 512, experts=8, active=2),
+    "moe-16b": MoeShape(2048, 1408, 27, 16, 4, 128, 126464, tied=False),  # 16.0B parameters, 32 GB
 }
 
 
