@@ -16,11 +16,12 @@ import click
 from rich.console import Console
 
 from mergemix import __version__
-from mergemix.config import ENGINES, NORMALIZATIONS, SEARCHES, RunConfig, load_config_file
+from mergemix.config import ENGINES, NORMALIZATIONS, SEARCHES, VERIFICATIONS, RunConfig, load_config_file
 from mergemix.errors import MergeMixError
 from mergemix.options import (
     NUMBERS,
     Numbers,
+    cache_options,
     collect,
     experts_option,
     memory_option,
@@ -97,6 +98,18 @@ def resumable(study: Path) -> Iterator[None]:
 )
 @click.option("--prior", type=NUMBERS, multiple=True, help="NAME=SHARE,... of a mixture to start from.")
 @click.option("--max-model-len", type=int, help="Longest prompt plus answer in tokens. Default: the model's.")
+@click.option("--tensor-parallel", type=int, help="Ranks of the vllm engine. Default: 1.")
+@click.option(
+    "--layer-groups",
+    metavar="N|NAME=PATTERN,...",
+    help="Search weights of their own for N runs of layers, or for tensors by patterns, with half of the budget.",
+)
+@cache_options
+@click.option(
+    "--verify-swaps",
+    type=click.Choice(VERIFICATIONS),
+    help="Which swaps are compared with the reference; first is the self-test at start. Default: first.",
+)
 @click.option("--config", type=click.Path(path_type=Path), help="The same options from a YAML file.")
 @common
 def run(*, console: Console, config: Path | None, **options: Any) -> tuple[dict[str, Any], Any]:
@@ -190,13 +203,17 @@ def merge(*, console: Console, **options: Any) -> tuple[dict[str, Any], Any]:
 
 @cli.command()
 @merging_options
+@cache_options
 @common
-def plan(*, console: Console, **options: Any) -> tuple[dict[str, Any], Any]:
+def plan(
+    *, console: Console, device_cache: int | None, host_cache: int | None, **options: Any
+) -> tuple[dict[str, Any], Any]:
     """Tell what a merge would read, hold and write, and how long it would take. Exits with 1 when it cannot fit."""
     from mergemix.merge.estimate import estimate
     from mergemix.report.merge_tables import plan_table
 
-    result = estimate(merge_request(**options))
+    request = merge_request(**options)
+    result = estimate(request, device_cache=device_cache or 0, host_cache=host_cache or 0)
     return result, plan_table(result)
 
 
@@ -242,6 +259,52 @@ def average(
     request = average_request(chosen, out=out, memory_bytes=memory, download=not no_download)
     result = {"out": str(out), **chosen.as_dict(), **carry_out(request, console)}
     return result, average_table(result)
+
+
+@cli.command()
+@experts_option
+@click.option("--base", help="The shared base; needed when the weights of a mixture do not sum to 1.")
+@click.option(
+    "--weights",
+    type=NUMBERS,
+    multiple=True,
+    help="NAME=W,... of one mixture; experts left out get 0. Repeat.",
+)
+@click.option(
+    "--mixtures", type=click.Path(path_type=Path), help="JSON Lines file of mixtures, as `merge` takes it."
+)
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    required=True,
+    help='Text file of one prompt a line, or *.jsonl of {"prompt": ...}; - is standard input, of lines.',
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Of an answer."
+)
+@click.option("--stop", multiple=True, help="Text that ends an answer. Repeat.")
+@click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True)
+@click.option("--max-model-len", type=int, help="Longest prompt plus answer in tokens. Default: the model's.")
+@click.option("--no-normalize", is_flag=True, help="Use the weights as they are; the base takes the rest.")
+@cache_options
+@common
+def generate(
+    *, console: Console, experts: Any, weights: Any, no_normalize: bool, **options: Any
+) -> tuple[dict[str, Any], Any]:
+    """Answer prompts with several mixtures in turn, from one engine, and show them side by side."""
+    mixed = [collect("--weights", [pairs]) for pairs in weights]
+    named = collect("--experts", experts)
+    given = {key: value for key, value in options.items() if value is not None}
+
+    from mergemix.generate import GenerateConfig
+    from mergemix.generate import generate as answer
+    from mergemix.report.generate_tables import generate_table
+    from mergemix.report.progress import RunProgress
+
+    config = GenerateConfig(experts=named, weights=mixed, normalize=not no_normalize, **given)
+    with RunProgress(console) as progress:
+        result = answer(config, progress.stage)
+    return result, generate_table(result)
 
 
 @cli.command()

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mergemix.errors import ConfigError
+from mergemix.units import parse_size
 
 SEARCHES = ("cma", "random", "grid")
 ENGINES = ("auto", "vllm", "hf")
+TEXTS = ("base", "study", "search", "engine", "utility", "normalize", "layer_groups", "verify_swaps")
 RESERVED = ("base", "uniform", "best")
 NORMALIZATIONS = ("raw", "base", "minmax", "zscore")
+VERIFICATIONS = ("first", "every", "never")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,16 @@ class RunConfig:
     """A mixture that the user believes in: becomes a start point."""
     max_model_len: int | None = None
     """Tokens of prompt plus answer that the engine is set up for; the model's own limit when not given."""
+    layer_groups: str | None = None
+    """A number of runs of layers, or NAME=PATTERN,...: half of the budget then goes to weights group by group."""
+    tensor_parallel: int = 1
+    """Ranks that the vllm engine divides the model among."""
+    device_cache: int = 0
+    """Bytes of each engine's device memory that keep experts' weights between swaps, over all its ranks."""
+    host_cache: int = 0
+    """Bytes of shared host memory that do so, after the device's."""
+    verify_swaps: str = "first"
+    """What is compared with the reference: the swaps of the self-test at start (first), every swap, or never any."""
 
     def __post_init__(self) -> None:
         if len(self.experts) < 2:
@@ -54,11 +67,23 @@ class RunConfig:
                 raise ConfigError(f"{name!r} names something else in the results; call the expert otherwise")
         if not self.bench:
             raise ConfigError("a search needs at least one benchmark; give --bench FILE.yaml")
-        for key, allowed in (("search", SEARCHES), ("engine", ENGINES), ("normalize", NORMALIZATIONS)):
+        for key, allowed in (
+            ("search", SEARCHES),
+            ("engine", ENGINES),
+            ("normalize", NORMALIZATIONS),
+            ("verify_swaps", VERIFICATIONS),
+        ):
             if getattr(self, key) not in allowed:
                 raise ConfigError(f"{key} must be one of {', '.join(allowed)}, but is {getattr(self, key)!r}")
-        if self.max_model_len is not None and self.max_model_len < 1:
-            raise ConfigError(f"max_model_len must be at least 1, but is {self.max_model_len}")
+        for key, least in (
+            ("max_model_len", 1),
+            ("tensor_parallel", 1),
+            ("device_cache", 0),
+            ("host_cache", 0),
+        ):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise ConfigError(f"{key} must be at least {least}, but is {value}")
         if self.normalize in ("base", "minmax") and self.base is None:
             raise ConfigError(f"normalize: {self.normalize} needs the base's scores; give --base PATH")
 
@@ -95,10 +120,20 @@ def load_config_file(path: Path) -> dict[str, Any]:
             if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
                 raise ConfigError(f"{path}: {key} must be a path or a list of paths, but is {given[key]!r}")
             given[key] = tuple(_beside(path, value) for value in values)
-    for key in ("budget", "seed", "max_model_len"):
+    for key in ("device_cache", "host_cache"):
+        if isinstance(given.get(key), str):
+            nbytes = parse_size(given[key])
+            if nbytes is None:
+                raise ConfigError(
+                    f"{path}: {key} must be bytes or a size such as 8GiB, but is {given[key]!r}"
+                )
+            given[key] = nbytes
+    if isinstance(given.get("layer_groups"), int) and not isinstance(given["layer_groups"], bool):
+        given["layer_groups"] = str(given["layer_groups"])
+    for key in ("budget", "seed", "max_model_len", "tensor_parallel", "device_cache", "host_cache"):
         if key in given and (not isinstance(given[key], int) or isinstance(given[key], bool)):
             raise ConfigError(f"{path}: {key} must be a whole number, but is {given[key]!r}")
-    for key in ("base", "study", "search", "engine", "utility", "normalize"):
+    for key in TEXTS:
         if key in given and not (isinstance(given[key], str) and given[key]):
             raise ConfigError(f"{path}: {key} must be text, but is {given[key]!r}")
     if "base" in given:

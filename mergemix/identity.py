@@ -32,6 +32,7 @@ def identify(config: RunConfig, family: Family, suite: Suite, search: Search, en
         **{f"benchmark {benchmark.name}": benchmark.fingerprint() for benchmark in suite.benchmarks},
         "engine": engine,
         "max_model_len": config.max_model_len,
+        "tensor_parallel": config.tensor_parallel,
         "utility": config.utility,
         "normalize": config.normalize,
         **search.identity,

@@ -105,6 +105,22 @@ no_download_option = click.option(
 )
 
 
+def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where experts' weights are kept between swaps. A size that is not given is None."""
+    for option in (
+        click.option(
+            "--host-cache", type=Size(), help="Shared host memory to keep more of them in. Default: 0."
+        ),
+        click.option(
+            "--device-cache",
+            type=Size(),
+            help="Device memory to keep experts' weights in between swaps, all ranks together. Default: 0.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def merging_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What merge and plan are told; as `merge_request` of the command line takes it."""
     for option in (

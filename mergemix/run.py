@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 from mergemix.checkpoints.family import Family, open_family
 from mergemix.config import RunConfig
@@ -17,7 +17,7 @@ from mergemix.evidence import Evidence, Observer, Silent
 from mergemix.identity import check_suites, identify, provenance
 from mergemix.mixture import Mixture
 from mergemix.report.summary import baseline_mixtures, best_candidate, compare, summarize, write_json
-from mergemix.search import Search, open_search, start_points
+from mergemix.search import Search, layer_groups, open_search, start_points
 from mergemix.serve import open_engine, resolve_kind
 from mergemix.serve.engine import EngineSpec
 from mergemix.study import CandidateRecord, Study
@@ -42,9 +42,7 @@ def run(config: RunConfig, observer: Observer | None = None) -> dict[str, Any]:
     baselines = baseline_mixtures(family.names, has_base=family.base is not None)
     search = _open_search(config, family)
     kind = resolve_kind(config.engine)
-    spec = EngineSpec(
-        family, kind, config.seed, max_model_len=config.max_model_len, log=config.study / "engine.log"
-    )
+    spec = _engine_spec(config, family, kind)
     identity, info = identify(config, family, suite, search, kind), provenance(config, family)
 
     with (
@@ -85,8 +83,28 @@ def _open_search(config: RunConfig, family: Family) -> Search:
             f"the budget must cover the {needed} start points (uniform, each single expert, the base and the prior "
             f"if given), but is {config.budget}: give --budget {needed} or more"
         )
+    groups = layer_groups(config.layer_groups, family.template.tensors) if config.layer_groups else ()
     return open_search(
-        config.search, family.names, budget=config.budget - spent, seed=config.seed, prior=prior
+        config.search,
+        family.names,
+        budget=config.budget - spent,
+        seed=config.seed,
+        prior=prior,
+        groups=groups,
+    )
+
+
+def _engine_spec(config: RunConfig, family: Family, kind: Literal["vllm", "hf"]) -> EngineSpec:
+    return EngineSpec(
+        family,
+        kind,
+        config.seed,
+        max_model_len=config.max_model_len,
+        tensor_parallel_size=config.tensor_parallel,
+        device_cache=config.device_cache,
+        host_cache=config.host_cache,
+        verify_swaps=config.verify_swaps,
+        log=config.study / "engine.log",
     )
 
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"run"},
+    {"run", "generate"},
     {"demo", "report", "doctor"},
     {"evidence", "identity"},
     {"evaluator"},

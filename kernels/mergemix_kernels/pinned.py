@@ -117,6 +117,22 @@ class Ring:
 Pair = tuple[torch.Tensor, torch.Tensor]  # (to, from), one shape
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A part of a source that is in no memory, to be read into pinned memory: sources[source] of groups[group].
+
+    view: of the group's source; offset, shape and strides tell which of its elements. into: contiguous, of that shape.
+    """
+
+    group: int
+    source: int
+    view: torch.Tensor
+    into: torch.Tensor
+
+
+Read = Callable[[Sequence[Unread]], None]
+
+
 @dataclass
 class _Batch:
     """What passes through a slot at a time."""
@@ -129,6 +145,9 @@ class _Batch:
     converted: list[Pair] = field(default_factory=list)  # results, to where they belong on the device
     copied_out: list[Pair] = field(default_factory=list)  # results, to pinned memory
     handed_over: list[Pair] = field(default_factory=list)  # results, from pinned memory, by the host
+    unread: dict[int, list[Unread]] = field(
+        default_factory=dict
+    )  # by source: into pinned memory, by the caller
     sums: GroupedWeightedSum | None = None
 
 
@@ -141,6 +160,7 @@ class StreamedSum:
             Any of them may be on the device or on the host, with any strides. All groups have the same
             numbers of sources and outs. The tensors are kept, and must keep their storage.
         ring: the memory to go through: `len(ring.slots) * ring.slot_bytes` on the device, and as much pinned.
+        read: fills the pinned memory of sources that are on the device "meta", which have a place but no contents.
 
     Sources that are pinned and contiguous are copied to the device from where they are, others pass through
     the ring's pinned memory; sources that are contiguous on the device are used there. Not-used sources (weight
@@ -149,20 +169,22 @@ class StreamedSum:
     Raises ValueError where this does not hold, and for a ring too small for one element of each tensor.
     """
 
-    def __init__(self, groups: Sequence[Group], ring: Ring) -> None:
-        self._ring, self._lanes = ring, ring.lanes
+    def __init__(self, groups: Sequence[Group], ring: Ring, read: Read | None = None) -> None:
+        self._ring, self._lanes, self._read = ring, ring.lanes, read
         self._source_count = len(groups[0][0])
         self._rows = self._source_count + len(groups[0][1])
         self._row_bytes = ring.slot_bytes // self._rows // ALIGNMENT * ALIGNMENT
         if self._row_bytes == 0:
             raise ValueError(f"a slot must have {ALIGNMENT} bytes for each of {self._rows} tensors")
         self._batches: list[_Batch] = []
-        for sources, outs in groups:
+        for number, (sources, outs) in enumerate(groups):
             for tensor in (*sources, *outs):
                 if tensor.shape != outs[0].shape:
                     raise ValueError(f"shapes must be equal, but got {tensor.shape} and {outs[0].shape}")
+                if tensor.is_meta and read is None:
+                    raise ValueError("sources without contents need `read`")
             for parts in self._cut(sources, outs):
-                self._add(parts[: self._source_count], parts[self._source_count :])
+                self._add(number, parts[: self._source_count], parts[self._source_count :])
         for batch in self._batches:
             batch.sums = GroupedWeightedSum(batch.groups)
             self._join_copies(batch)
@@ -197,9 +219,13 @@ class StreamedSum:
         lanes, slot, sums = self._lanes, batch.slot, batch.sums
         assert sums is not None
         staged = [pair for k in used for pair in batch.staged.get(k, ())]
-        if staged and slot.filled is not None:
+        unread = [part for k in used for part in batch.unread.get(k, ())]
+        if (staged or unread) and slot.filled is not None:
             lanes.wait_on_host(slot.filled)
         _copy(staged)
+        if unread:
+            assert self._read is not None
+            self._read(unread)
         if slot.summed is not None:
             lanes.wait("in", slot.summed)
         lanes.run("in", lambda: _copy([pair for k in used for pair in batch.copied_in.get(k, ())]))
@@ -234,14 +260,14 @@ class StreamedSum:
         views = flatten(tensors) or [tensor.permute(order) for tensor in tensors]
         return pieces(views, self._row_bytes // sources[0].element_size())
 
-    def _add(self, sources: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> None:
+    def _add(self, number: int, sources: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> None:
         nbytes = sources[0].numel() * sources[0].element_size()
         if nbytes == 0:
             return
         if not self._batches or self._batches[-1].row_bytes + nbytes > self._row_bytes:
             self._batches.append(_Batch(self._ring.slots[len(self._batches) % len(self._ring.slots)]))
         batch = self._batches[-1]
-        operands = [self._source_on_device(batch, k, source) for k, source in enumerate(sources)]
+        operands = [self._source_on_device(batch, number, k, source) for k, source in enumerate(sources)]
         results = [
             self._result_on_device(batch, self._source_count + p, out, operands[0].dtype)
             for p, out in enumerate(outs)
@@ -255,12 +281,16 @@ class StreamedSum:
         begin = row * self._row_bytes + batch.row_bytes
         return memory[begin : begin + like.numel() * dtype.itemsize].view(dtype).view(like.shape)
 
-    def _source_on_device(self, batch: _Batch, k: int, source: torch.Tensor) -> torch.Tensor:
-        where = self._lanes.where(source)
+    def _source_on_device(self, batch: _Batch, number: int, k: int, source: torch.Tensor) -> torch.Tensor:
+        where = "nowhere" if source.is_meta else self._lanes.where(source)
         if where == "device" and source.is_contiguous():
             return source
         operand = self._place(batch.slot.device, batch, k, source, source.dtype)
-        if where == "pageable" or (where == "pinned" and not source.is_contiguous()):
+        if where == "nowhere":
+            staging = self._place(batch.slot.staging, batch, k, source, source.dtype)
+            batch.unread.setdefault(k, []).append(Unread(number, k, source, staging))
+            source = staging
+        elif where == "pageable" or (where == "pinned" and not source.is_contiguous()):
             staging = self._place(batch.slot.staging, batch, k, source, source.dtype)
             batch.staged.setdefault(k, []).append((staging, source))
             source = staging
@@ -287,8 +317,8 @@ class StreamedSum:
 
     def _join_copies(self, batch: _Batch) -> None:
         """One copy for all of a source's parts, where all are staged: they lie side by side."""
-        for k, staged in batch.staged.items():
-            if len(staged) == len(batch.groups):
+        for k in {**batch.staged, **batch.unread}:
+            if len(batch.staged.get(k, ())) + len(batch.unread.get(k, ())) == len(batch.groups):
                 row = slice(k * self._row_bytes, k * self._row_bytes + batch.row_bytes)
                 batch.copied_in[k] = [(batch.slot.device[row], batch.slot.staging[row])]
 

@@ -18,6 +18,7 @@ from mergemix.errors import ConfigError, OutputError
 from mergemix.merge import bandwidth
 from mergemix.merge.bandwidth import Rate
 from mergemix.merge.buffers import Buffers, divide_memory
+from mergemix.merge.delta_cache import TIERS, aligned, assign_tiers
 from mergemix.merge.plan import MergePlan, TensorTask, plan_merge
 from mergemix.merge.request import MergeRequest
 from mergemix.merge.resources import free_disk, free_memory, process_memory
@@ -94,8 +95,10 @@ def _output_bytes(request: MergeRequest) -> int:
     return index + side + sum(shard.nbytes for shard in shards)
 
 
-def estimate(request: MergeRequest) -> dict[str, Any]:
+def estimate(request: MergeRequest, *, device_cache: int = 0, host_cache: int = 0) -> dict[str, Any]:
     """Everything that `mergemix plan` shows. Measures bandwidths for a few seconds; leaves nothing behind.
+
+    device_cache, host_cache: bytes, of an engine that swaps in mixtures of these experts.
 
     Raises CheckpointError when an input cannot be read.
     """
@@ -132,7 +135,7 @@ def estimate(request: MergeRequest) -> dict[str, Any]:
         "stages": {"start": start_s, **stages},
         "seconds": None if bound is None else start_s + known[bound],
         "bound_by": bound,
-        "swap": _swap(request.family),
+        "swap": _swap(request.family, device_cache, host_cache),
     }
 
 
@@ -225,10 +228,20 @@ def _stages(plan: MergePlan, rates: dict[str, Rate | None]) -> dict[str, float |
     return {**stages, "processor": processor_s / thread_count()}
 
 
-def _swap(family: Family) -> dict[str, int]:
-    """What `mergemix run` moves when it swaps in a mixture of all experts, and what its engine holds on a CPU."""
+def _swap(family: Family, device_cache: int, host_cache: int) -> dict[str, Any]:
+    """What `mergemix run` moves when it swaps in a mixture of all experts, and what its engine holds on a CPU.
+
+    tiers: bytes of the experts by where the delta cache keeps them. Tensor by tensor: ranks cut them, all alike.
+    """
     plan = plan_merge(family, [Mixture.uniform(family.names)])
+    parts = len(family.members)  # a share for the base, too, where there is one: it has slots
+    everyone = plan_merge(family, [Mixture(family.names, tuple(1 / parts for _ in family.names))])
+    slots = [sum(aligned(t.nbytes) for t in task.operands) for task in everyone.tasks if not task.is_copy]
+    tiers: Counter[str] = Counter(dict.fromkeys(TIERS, 0))
+    for nbytes, tier in zip(slots, assign_tiers(slots, device_cache, host_cache), strict=True):
+        tiers[tier] += nbytes
     return {
+        "tiers": dict(tiers),
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "cpu_parameter_bytes": 2 * plan.bytes_written,  # raw, to be rewritten, beside prepacked

@@ -21,6 +21,7 @@ STAGES = {
     "disk_write": "writing the disk",
     "processor": "the processor's cores",
 }
+PLACES = {"device": "in device memory", "host": "in shared host memory", "disk": "in their files"}
 
 
 def merge_table(result: Mapping[str, Any]) -> RenderableType:
@@ -106,6 +107,10 @@ def plan_table(result: Mapping[str, Any]) -> RenderableType:
         f"parameters; on a CPU the engine holds up to {size_text(swap['cpu_parameter_bytes'])} of these, raw beside "
         "prepacked",
     )
+    kept = ", ".join(
+        f"{size_text(nbytes)} {PLACES[tier]}" for tier, nbytes in swap["tiers"].items() if nbytes
+    )
+    add_row(table, "  experts' weights between swaps", kept or "none")
     verdict = "fits" if result["fits"] else "does NOT fit"
     return Group(table, Text("\n".join([f"The merge {verdict}.", *(f"  {r}" for r in result["reasons"])])))
 

@@ -1,11 +1,16 @@
-"""From a mixture to one fp32 coefficient per operand. Needs no torch."""
+"""From a mixture to one fp32 coefficient per operand and tensor. Needs no torch."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 from mergemix.checkpoints.checkpoint import Checkpoint
 from mergemix.checkpoints.family import Family
 from mergemix.errors import ConfigError
 from mergemix.mixture import Mixture
+
+NO_GROUP = -1  # a tensor that has the mixture's own weights
 
 
 def operands(family: Family) -> tuple[Checkpoint, ...]:
@@ -25,9 +30,46 @@ def operands(family: Family) -> tuple[Checkpoint, ...]:
     return whole
 
 
-def coefficients(family: Family, mixture: Mixture) -> list[float]:
-    """The fp32 coefficient of each of `operands(family)`; 0.0: it is not read.
+def group_patterns(mixture: Mixture) -> tuple[tuple[str, ...], ...]:
+    """What decides which tensor has which weights; mixtures of one search share it."""
+    return tuple(group.tensors for group in mixture.groups)
+
+
+def tensor_groups(patterns: Sequence[Sequence[str]], tensors: Sequence[str]) -> list[int]:
+    """For each tensor the first group with a matching pattern, or NO_GROUP.
+
+    Raises ConfigError for a pattern that no tensor matches.
+    """
+    found = [NO_GROUP] * len(tensors)
+    for number, group in enumerate(patterns):
+        for pattern in group:
+            matching = [i for i, name in enumerate(tensors) if fnmatchcase(name, pattern)]
+            if not matching:
+                raise ConfigError(
+                    f"a layer group's pattern must match tensors of the checkpoints, but {pattern!r} matches none of "
+                    f"{len(tensors)} such as {tensors[len(tensors) // 2]!r}: correct it, or leave it out"
+                )
+            for i in matching:
+                if found[i] == NO_GROUP:
+                    found[i] = number
+    return found
+
+
+def group_coefficients(
+    family: Family, mixture: Mixture, groups: Sequence[int]
+) -> dict[int, tuple[float, ...]]:
+    """The fp32 coefficients of `operands(family)` by group, of each that is in `groups`; 0.0: it is not read.
 
     Raises ConfigError when the mixture is not over the family's experts, or needs a base that is not there.
     """
-    return family.coefficients(mixture)
+    weights = {number: group.weights for number, group in enumerate(mixture.groups)}
+    weights[NO_GROUP] = mixture.weights
+    return {
+        number: tuple(family.coefficients(Mixture(mixture.names, weights[number]))) for number in set(groups)
+    }
+
+
+def check_mixture(family: Family, mixture: Mixture) -> None:
+    """Raise ConfigError for a mixture that the family cannot give."""
+    names = list(family.template.tensors)
+    group_coefficients(family, mixture, tensor_groups(group_patterns(mixture), names))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from mergemix.checkpoints.family import Family
+from mergemix.errors import ConfigError
 from mergemix.mixture import Mixture
 from mergemix.serve.coefficients import operands
 
@@ -54,10 +55,22 @@ Output = Generated | Likelihood
 
 @dataclass(frozen=True)
 class Swap:
-    """What one `apply` did: wall seconds, and bytes written into live parameters."""
+    """What one `apply` did, all ranks together.
+
+    seconds: wall time. bytes_written: into live parameters. bytes_read: of operands, by where they were (device, host,
+    disk). destinations: parts of parameters that a swap can change; skipped: those of them that held the right weights
+    already. process_s: of seconds, what the engine needed to process its weights anew.
+    """
 
     seconds: float
     bytes_written: int
+    bytes_read: Mapping[str, int] = field(default_factory=dict)
+    destinations: int = 0
+    skipped: int = 0
+    process_s: float = 0.0
+
+
+VERIFY_SWAPS = ("every", "first", "never")
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,10 @@ class EngineSpec:
 
     kind: "auto" is vllm where it is installed, else hf. max_model_len: tokens of prompt plus answer;
     None takes the model's own limit. log: file that receives the engine's own output; None leaves it on stderr.
-    Raises ConfigError for an expert that is a LoRA adapter.
+    device_cache, host_cache: bytes of operands that vLLM keeps for later swaps, in the memory of its devices and in
+    memory that all engines of the machine share. verify_swaps: what is compared with the reference, "first" the
+    swaps of the self-test at start, "every" also each later one, "never" none: the engine is then not `proven`.
+    Raises ConfigError for an expert that is a LoRA adapter, and for a value that is out of range.
     """
 
     family: Family
@@ -76,9 +92,25 @@ class EngineSpec:
     tensor_parallel_size: int = 1
     log: Path | None = None
     options: dict[str, object] = field(default_factory=dict)  # passed to vLLM's EngineArgs unchanged
+    device_cache: int = 0
+    host_cache: int = 0
+    verify_swaps: str = "first"
 
     def __post_init__(self) -> None:
         operands(self.family)  # refuses, before anything is started, what cannot be served
+        check_cache_bytes("device_cache", self.device_cache)
+        check_cache_bytes("host_cache", self.host_cache)
+        if self.verify_swaps not in VERIFY_SWAPS:
+            raise ConfigError(
+                f"verify_swaps must be one of {', '.join(VERIFY_SWAPS)}, but is {self.verify_swaps!r}"
+            )
+
+
+def check_cache_bytes(name: str, value: object) -> int:
+    """The value; ConfigError unless it is a number of bytes."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ConfigError(f"{name} must be a whole number of bytes, 0 for none, but is {value!r}")
+    return value
 
 
 class Engine(ABC):
@@ -86,17 +118,20 @@ class Engine(ABC):
 
     proven: the self-test at start passed, so that a score may be taken from swapped weights.
     poisoned: a swap failed halfway; `submit` and `apply` raise PoisonedEngineError from then on.
+    in_flight: mixtures that it answers at once, in `submit_each`.
     """
 
     kind: str
     proven: bool = False
     poisoned: bool = False
+    in_flight: int = 1
 
     @abstractmethod
     def apply(self, mixture: Mixture) -> Swap:
         """Make the live weights base + sum_k a_k (expert_k - base).
 
-        Raises PoisonedEngineError when it fails halfway, ConfigError when the base is needed but absent.
+        Raises PoisonedEngineError when it fails halfway, or when what it wrote is not what it should be; ConfigError
+        when the base is needed but absent, or a layer group matches no tensor.
         """
 
     @abstractmethod
@@ -106,6 +141,14 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop the engine and its processes; safe to call twice."""
+
+    def submit_each(self, mixtures: Sequence[Mixture], requests: Sequence[Request]) -> list[list[Output]]:
+        """Every mixture's answers to all of the requests; outputs by mixture, then by request."""
+        outputs = []
+        for mixture in mixtures:
+            self.apply(mixture)
+            outputs.append(self.submit(requests))
+        return outputs
 
     def generate(self, requests: Sequence[Generate]) -> list[Generated]:
         return self.submit(requests)  # type: ignore[return-value]

@@ -13,12 +13,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from mergemix.checkpoints.family import Family
 from mergemix.errors import ConfigError, EngineError, PoisonedEngineError
 from mergemix.merge.blocks import Block, Piece, tensor_blocks
 from mergemix.merge.plan import MergePlan, plan_merge
 from mergemix.merge.sinks import ParameterSink, Sink
 from mergemix.merge.stream import stream
 from mergemix.mixture import Mixture
+from mergemix.serve.coefficients import operands
+from mergemix.serve.copies import Copy, effective_weights
 from mergemix.serve.dtypes import TORCH_DTYPES
 from mergemix.serve.engine import (
     Engine,
@@ -29,7 +32,10 @@ from mergemix.serve.engine import (
     Swap,
 )
 from mergemix.serve.hf_batches import answer_batch, batches, score_batch
+from mergemix.serve.lazy import Origin
+from mergemix.serve.reference_check import differs
 from mergemix.serve.tokens import Encoded, RequestEncoder, end_tokens, load_tokenizer
+from mergemix.serve.view_reader import ViewReader
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +54,7 @@ class HfEngine(Engine):
     def __init__(self, spec: EngineSpec, initial: Mixture) -> None:
         """Load `initial`. Raises EngineError when transformers cannot, and what plan_merge and stream raise."""
         self._family = spec.family
+        self._verify_every = spec.verify_swaps == "every"
         root = spec.family.template.root
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         plan = plan_merge(spec.family, [initial])
@@ -68,15 +75,20 @@ class HfEngine(Engine):
         try:
             if self._live is None:
                 self._model = None  # not three times the weights at once
-                self._load(plan)
+                memory = {name: _bytes_of(tensor) for name, tensor in self._load(plan).items()}
             else:
-                stream(plan, _sink(plan, self._live))
+                memory = self._live
+                stream(plan, _sink(plan, memory))
+            seconds = time.perf_counter() - begin
+            if self._verify_every:
+                _check_memory(self._family, mixture, memory)
         except BaseException as error:
             self.poisoned = True
             if not isinstance(error, Exception):
                 raise
             raise PoisonedEngineError(f"the swap to {mixture} failed halfway: {error}") from error
-        return Swap(time.perf_counter() - begin, plan.bytes_written)
+        read = {"device": 0, "host": 0, "disk": plan.bytes_read}
+        return Swap(seconds, plan.bytes_written, read, destinations=len(plan.tasks))
 
     def submit(self, requests: Sequence[Request]) -> list[Output]:
         """Raises ConfigError for a request that cannot fit the model, whatever the others are."""
@@ -199,6 +211,25 @@ def _live_parameters(model: Any, staged: Mapping[str, torch.Tensor]) -> dict[str
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor's own memory, flat, as uint8."""
     return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def _check_memory(family: Family, mixture: Mixture, memory: Mapping[str, torch.Tensor]) -> None:
+    """Raise EngineError unless the memory of each tensor (flat, uint8) holds what the reference gives, bit for bit."""
+    members = operands(family)
+    reader = ViewReader(sum(tensor.nbytes for member in members for tensor in member.tensors.values()))
+    try:
+        for name, flat in memory.items():
+            tensors = tuple(member.tensors[name] for member in members)
+            origin = Origin(name, tensors, reader.equality_classes(tensors))
+            dtype = TORCH_DTYPES[tensors[0].dtype]
+            view = torch.empty(tensors[0].shape, dtype=dtype, device="meta")
+            copy = Copy(origin, flat.view(dtype).view(view.shape), view)
+            coefficients = family.coefficients(mixture.at(name))
+            weights = effective_weights(origin.classes, coefficients, floating=copy.is_floating)
+            if differs(copy, weights, reader):
+                raise EngineError(f"{name}: the live weights differ from the reference")
+    finally:
+        reader.close()
 
 
 def _sink(plan: MergePlan, memory: Mapping[str, torch.Tensor]) -> Sink:

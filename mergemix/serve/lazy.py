@@ -1,9 +1,9 @@
 """The lazy merged tensor: what vLLM's own weight loaders are fed with.
 
-A `LazyMerge` looks like one tensor of a checkpoint. It carries the same tensor of every operand instead, applies
-each view operation (slice, narrow, unbind, transpose ...) to all of them, and becomes numbers only when a loader
-copies it into a parameter. So the recorder learns which slice of which parameter comes from which slice of the
-operands, without a word about architectures, fused layouts or tensor-parallel sharding.
+A `LazyMerge` looks like one tensor of a checkpoint. It holds no numbers, only which elements of the tensor it stands
+for: each view operation (slice, narrow, unbind, transpose ...) is applied to that, and it becomes numbers only when a
+loader copies it into a parameter. So the recorder learns which slice of which parameter comes from which slice of
+the operands' tensors, without a word about architectures, fused layouts or tensor-parallel sharding.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
+from mergemix.checkpoints.header import TensorInfo
+from mergemix.serve.dtypes import TORCH_DTYPES
+
 aten = torch.ops.aten
 
 
@@ -22,10 +25,12 @@ aten = torch.ops.aten
 class Origin:
     """The checkpoint tensor that a lazy tensor is a view of.
 
-    classes: one number per operand; operands with the same number hold bitwise equal tensors.
+    tensors: where each operand has it; all of one dtype and shape. classes: one number per operand, the position of
+    the first one whose tensor is bitwise equal.
     """
 
     name: str
+    tensors: tuple[TensorInfo, ...]
     classes: tuple[int, ...]
 
 
@@ -40,28 +45,40 @@ class Recorder(Protocol):
 
 
 class LazyMerge(torch.Tensor):
-    """Equal views of one tensor of every operand; shape, strides and dtype are theirs."""
+    """A view of one tensor of every operand.
+
+    elements: a tensor without memory (device "meta"), whose offset, shape and strides say which elements of the
+    contiguous checkpoint tensor these are.
+    """
 
     origin: Origin
-    views: tuple[torch.Tensor, ...]
+    elements: torch.Tensor
     recorder: Recorder
 
     @staticmethod
-    def __new__(cls, origin: Origin, views: Sequence[torch.Tensor], recorder: Recorder) -> LazyMerge:
-        first = views[0]
+    def __new__(cls, origin: Origin, elements: torch.Tensor, recorder: Recorder) -> LazyMerge:
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, first.shape, strides=first.stride(), dtype=first.dtype, device=first.device
+            cls,
+            elements.shape,
+            strides=elements.stride(),
+            dtype=elements.dtype,
+            device=torch.device("cpu"),
         )
 
-    def __init__(self, origin: Origin, views: Sequence[torch.Tensor], recorder: Recorder) -> None:
+    def __init__(self, origin: Origin, elements: torch.Tensor, recorder: Recorder) -> None:
         self.origin = origin
-        self.views = tuple(views)
+        self.elements = elements
         self.recorder = recorder
 
+    @classmethod
+    def whole(cls, origin: Origin, recorder: Recorder) -> LazyMerge:
+        first = origin.tensors[0]
+        elements = torch.empty(first.shape, dtype=TORCH_DTYPES[first.dtype], device="meta")
+        return cls(origin, elements, recorder)
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return (
-            f"LazyMerge({self.origin.name!r}, {tuple(self.shape)}, {self.dtype}, {len(self.views)} operands)"
-        )
+        operands = len(self.origin.classes)
+        return f"LazyMerge({self.origin.name!r}, {tuple(self.shape)}, {self.dtype}, {operands} operands)"
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -84,12 +101,11 @@ class LazyMerge(torch.Tensor):
                 f"{func} writes into a checkpoint tensor while it is loaded, which a merge cannot follow"
             )
         if _is_view(func) and isinstance(args[0], LazyMerge):
-            outs = [func(view, *args[1:], **kwargs) for view in args[0].views]
-            first = outs[0][0] if isinstance(outs[0], (list, tuple)) else outs[0]
-            if (
-                first.dtype == args[0].dtype
-            ):  # not where bits are read as another type: their sum means nothing
-                return _rewrap(args[0], outs)
+            out = func(args[0].elements, *args[1:], **kwargs)
+            first = out[0] if isinstance(out, (list, tuple)) else out
+            # Not where bits are read as another type: their sum means nothing.
+            if first.dtype == args[0].dtype:
+                return _rewrap(args[0], out)
 
         def plain(value: Any) -> Any:
             return value.recorder.materialised(value, str(func)) if isinstance(value, LazyMerge) else value
@@ -97,13 +113,10 @@ class LazyMerge(torch.Tensor):
         return func(*tree_map(plain, tuple(args)), **tree_map(plain, kwargs))
 
 
-def _rewrap(lazy: LazyMerge, outs: list[Any]) -> LazyMerge | list[LazyMerge]:
-    def wrap(views: Sequence[torch.Tensor]) -> LazyMerge:
-        return LazyMerge(lazy.origin, views, lazy.recorder)
-
-    if isinstance(outs[0], (list, tuple)):
-        return [wrap(views) for views in zip(*outs, strict=True)]
-    return wrap(outs)
+def _rewrap(lazy: LazyMerge, out: Any) -> LazyMerge | list[LazyMerge]:
+    if isinstance(out, (list, tuple)):
+        return [LazyMerge(lazy.origin, view, lazy.recorder) for view in out]
+    return LazyMerge(lazy.origin, out, lazy.recorder)
 
 
 def _is_view(func: Any) -> bool:

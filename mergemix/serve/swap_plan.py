@@ -1,289 +1,311 @@
-"""The swap plan of one rank: which slice of which parameter is merged from which slices of the operands.
+"""The swap plan of one rank: what a swap to another mixture must write, and the writing of it.
 
-Recorded while vLLM loads the model for the first time, then replayed with other coefficients.
+Made by `Recording` while vLLM loads the model for the first time. Work per tensor is done once for each structure of
+layer groups; a swap then looks at arrays, and on a GPU starts launches that are kept ready.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count
 
+import numpy as np
 import torch
 
-from mergemix.errors import NonFiniteError
-from mergemix.serve.lazy import LazyMerge, Origin
-from mergemix_kernels import reference
-from mergemix_kernels.dispatch import Group, GroupedWeightedSum, pieces
-from mergemix_kernels.pinned import CudaLanes, Ring, StreamedSum
+from mergemix.checkpoints.adapter import fingerprint
+from mergemix.checkpoints.family import Family
+from mergemix.merge.delta_cache import TIERS
+from mergemix.mixture import Mixture
+from mergemix.serve.coefficients import group_coefficients, group_patterns, operands, tensor_groups
+from mergemix.serve.copies import Copy, effective_weights, used_operands
+from mergemix.serve.cpu_sums import Slot, Sum
+from mergemix.serve.gpu_sums import Placed
+from mergemix.serve.operand_cache import CacheSizes, OperandCache
+from mergemix.serve.reference_check import differs
+from mergemix.serve.sums import Sums
 
-# Bounds what a swap stages at a time, all operands together, where sources and destination differ in dtype. Operands
-# that are not on the GPU of their destination go through a ring instead, which has a bound of its own.
-STAGE_BYTES = 256 << 20
-CHECK_ELEMENTS = 1 << 20
-SAMPLE_ELEMENTS = 1 << 16
+MAX_STRUCTURES = 16
+MAX_VALUES = 1 << 12
+UNKNOWN = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """One recorded write: `destination` (a view of raw parameter storage) from one view per operand, same shape."""
+@dataclass(frozen=True, eq=False)
+class Write:
+    """Destinations (positions in SwapPlan.moving) that get the same weights, one per operand, from one tier."""
 
-    origin: Origin
-    destination: torch.Tensor
-    sources: tuple[torch.Tensor, ...]
+    copies: np.ndarray
+    weights: tuple[float, ...]
 
-    @property
-    def nbytes(self) -> int:
-        return self.destination.numel() * self.destination.element_size()
 
-    @property
-    def is_static(self) -> bool:
-        """All operands are equal here, so that no mixture changes anything."""
-        return len(set(self.origin.classes)) == 1
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What makes the live weights those of `mixture`. skipped: how many destinations hold them already."""
 
-    @property
-    def is_direct(self) -> bool:
-        """The kernel can write straight into the destination."""
-        source = self.sources[0]
-        return (
-            source.is_floating_point()
-            and source.dtype == self.destination.dtype
-            and source.device == self.destination.device
-        )
+    mixture: Mixture
+    writes: tuple[Write, ...]
+    skipped: int
 
-    @property
-    def is_streamed(self) -> bool:
-        """The operands go to the destination's GPU in pieces, and are summed there."""
-        device = self.destination.device
-        outside = any(source.device != device for source in self.sources)
-        return device.type == "cuda" and outside and self.sources[0].is_floating_point()
+
+@dataclass(frozen=True, eq=False)
+class _Structure:
+    """What mixtures with the same patterns of groups share.
+
+    groups: of each tensor of the family. group: of each copy. kinds: what tells copies apart, (group, signature);
+    kind: of each copy, as a position in kinds.
+    """
+
+    groups: Sequence[int]
+    group: np.ndarray
+    kinds: Sequence[tuple[int, int]]
+    kind: np.ndarray
 
 
 class SwapPlan:
-    """Records the first load (it is the lazy tensors' Recorder), then replays it.
+    """Replays a load with other weights.
 
-    operands: their names, in the order of summation. coefficients: of the weights that were written last, one per
-    operand, 0.0 for those that are not read. unreplayable: why the plan must not be replayed; empty when it may be.
-    nbytes: what a swap writes.
+    copies: all that was recorded; moving: those that a mixture can change, in plan order. mixture: what is live.
+    unreplayable: why the plan must not be replayed; empty when it may be. nbytes: what a swap of everything writes.
     """
 
-    def __init__(self, operands: Sequence[str], coefficients: Sequence[float]) -> None:
-        self.operands = tuple(operands)
-        self.coefficients = list(coefficients)
-        self.copies: list[Copy] = []
-        self.unreplayable: list[str] = []
-        self.nbytes = 0
-        self._grouped: list[tuple[Origin, list[Copy], GroupedWeightedSum | StreamedSum]] = []
-        self._staged: list[Copy] = []
-        self._rings: dict[torch.device, Ring] = {}
+    def __init__(
+        self,
+        family: Family,
+        mixture: Mixture,
+        copies: Sequence[Copy],
+        sums: Sums,
+        sizes: CacheSizes,
+        unreplayable: Sequence[str],
+    ) -> None:
+        """Of a load of `mixture`. Raises ConfigError where the memory of the cache is not to be had."""
+        self._family, self._sums = family, sums
+        self.copies = list(copies)
+        self.unreplayable = list(unreplayable)
+        self.moving = [copy for copy in copies if not copy.is_static]
+        self.nbytes = sum(copy.nbytes for copy in self.moving)
+        self.cache = OperandCache(self.moving, sizes, _device(self.moving), _contents(family, sizes))
+        self._signatures = list(dict.fromkeys((c.origin.classes, c.is_floating) for c in self.moving))
+        positions = {signature: i for i, signature in enumerate(self._signatures)}
+        self._signature = _array(positions[c.origin.classes, c.is_floating] for c in self.moving)
+        self._storage = _array(copy.storage for copy in self.moving)
+        self._nbytes = _array(copy.nbytes for copy in self.moving)
+        self._operand_bytes = _array(copy.operand_bytes for copy in self.moving)
+        self._tier = _array(TIERS.index(tier) for tier in self.cache.tiers)
+        self._sources = np.array([c.origin.classes for c in self.moving], np.int64).reshape(
+            len(self.moving), -1
+        )
+        ways = [
+            (c.destination.device, c.is_floating, c.is_direct, t)
+            for c, t in zip(self.moving, self._tier, strict=True)
+        ]
+        numbers = {way: i for i, way in enumerate(dict.fromkeys(ways))}
+        self._way = _array(numbers[way] for way in ways)
+        self._structures: OrderedDict[tuple[tuple[str, ...], ...], _Structure] = OrderedDict()
+        self._values: dict[tuple[float, ...], int] = {}
+        self._next_value = count()
+        self._together: list[tuple[np.ndarray, np.ndarray]] = []
+        self._verified = np.zeros(len(self.moving), bool)
+        self._intact = np.ones(len(self.moving), bool)
+        self._volatile = np.zeros(len(self.moving), bool)
+        self._statics_verified = False
+        self._written = np.zeros(0, np.int64)
+        self._live = self._wanted(mixture)[0]
 
-    def copied(self, destination: torch.Tensor, lazy: LazyMerge) -> None:
-        """Write the merge into `destination` and remember where it came from.
-
-        Rounded once to the operands' dtype, then converted as `copy_` converts: what is written equals a disk merge
-        that is loaded. Raises NonFiniteError naming tensor and operand when any operand, also one with coefficient
-        zero, holds NaN or Inf there.
-        """
-        views = tuple(view.expand(destination.shape) for view in lazy.views)
-        copy = Copy(lazy.origin, destination.detach(), views)
-        self._write([copy], self.coefficients)
-        self._check_finite(copy)
-        self.copies.append(copy)
-
-    def materialised(self, lazy: LazyMerge, operation: str) -> torch.Tensor:
-        """The merge as numbers; correct for this load, but a swap cannot follow it."""
-        self.unreplayable.append(f"{lazy.origin.name}: {operation} needs the values while loading")
-        dense = torch.empty(lazy.shape, dtype=lazy.dtype, device=lazy.device)
-        self._write([Copy(lazy.origin, dense, lazy.views)], self.coefficients)
-        return dense
-
-    def seal(self, storages: Iterable[torch.Tensor]) -> None:
-        """End the recording. storages: every parameter and buffer of the model, as loaded and not yet processed."""
-        addresses = {tensor.untyped_storage().data_ptr() for tensor in storages}
-        last: dict[tuple[object, ...], Copy] = {}
-        for copy in self.copies:
-            place = copy.destination
-            last[_region(place)] = copy  # of two writes to one place the later one counts
-            if place.untyped_storage().data_ptr() not in addresses:
-                self.unreplayable.append(
-                    f"{copy.origin.name}: it is copied into a temporary, not into a parameter"
-                )
-        self.copies = list(last.values())
-        for name in _overlapping(self.copies):
-            self.unreplayable.append(f"{name}: its place in the parameter overlaps another tensor's")
-        moving = [copy for copy in self.copies if not copy.is_static]
-        self.nbytes = sum(copy.nbytes for copy in moving)
-        self._staged = [copy for copy in moving if not copy.is_direct and not copy.is_streamed]
-        alike: dict[tuple[object, ...], list[Copy]] = {}
-        for copy in moving:
-            if copy.is_direct or copy.is_streamed:
-                key = (copy.origin.classes, copy.is_streamed, copy.destination.device)
-                alike.setdefault(key, []).append(copy)
-        for copies in alike.values():
-            groups = [(copy.sources, [copy.destination]) for copy in copies]
-            sums = self._streamed(groups) if copies[0].is_streamed else GroupedWeightedSum(groups)
-            self._grouped.append((copies[0].origin, copies, sums))
-
-    def _streamed(self, groups: Sequence[Group]) -> StreamedSum:
-        """All sums into one GPU share a ring, which stays: vLLM counts it when it measures free memory."""
-        device = groups[0][1][0].device
-        if device not in self._rings:
-            self._rings[device] = Ring(CudaLanes(device))
-        return StreamedSum(groups, self._rings[device])
-
-    def bytes_by_storage(self, *, static: bool = False) -> dict[int, int]:
-        """Bytes that a swap writes (with `static`: that the load wrote), by the address of the storage."""
+    def bytes_by_storage(self) -> dict[int, int]:
+        """Bytes that a swap may write, by the address of the storage."""
         written: dict[int, int] = {}
-        for copy in self.copies:
-            if static or not copy.is_static:
-                address = copy.destination.untyped_storage().data_ptr()
-                written[address] = written.get(address, 0) + copy.nbytes
+        for copy in self.moving:
+            written[copy.storage] = written.get(copy.storage, 0) + copy.nbytes
         return written
 
-    def write(self, coefficients: Sequence[float]) -> None:
-        """Write the merge with other coefficients into every destination that a mixture can change."""
-        for origin, copies, grouped in self._grouped:
-            used = _used(coefficients)
-            if _all_equal(origin, used):
-                for copy in copies:
-                    copy.destination.copy_(copy.sources[used[0]])
-            else:
-                grouped([coefficients])
-        self._write(self._staged, coefficients)
-        self.coefficients = list(coefficients)
+    def write_together(self, read: Set[int], lost: Set[int]) -> None:
+        """Whenever a storage in `read` is written, all in `lost` are, too: their raw contents do not last."""
+        members, volatile = (np.isin(self._storage, list(some)) for some in (read | lost, lost))
+        if volatile.any():
+            self._together.append((np.flatnonzero(members), np.flatnonzero(volatile)))
+            self._volatile |= volatile
+            self._intact[volatile] = False
 
-    def mismatches(self, coefficients: Sequence[float], *, sample: bool) -> list[str]:
-        """Tensors whose destinations do not hold, bit for bit, what the fp32 reference gives for the coefficients.
+    def change_to(self, mixture: Mixture) -> Change:
+        """What must be written. Raises ConfigError for a mixture that the family cannot give; nothing is touched."""
+        wanted, group = self._wanted(mixture)
+        changed = wanted != self._live
+        self._follow(changed)
+        rows = np.flatnonzero(changed)
+        weights = {value: key for key, value in self._values.items()}
+        alike = np.stack([group[rows], wanted[rows], self._way[rows]])
+        _, first, which = np.unique(alike, axis=1, return_index=True, return_inverse=True)
+        which = which.reshape(-1)
+        writes = [Write(rows[which == i], weights[int(wanted[rows[at]])]) for i, at in enumerate(first)]
+        return Change(mixture, tuple(writes), len(self.moving) - len(rows))
 
-        sample: only the first SAMPLE_ELEMENTS elements of each destination are looked at.
+    def write(self, change: Change) -> dict[str, int]:
+        """Write what `change` says; returns the bytes of operands that were read, by tier.
+
+        When it raises, what was to be written counts as unknown: the next change writes it again.
         """
-        used = _used(coefficients)
-        weights = [coefficients[k] for k in used]
+        rows = np.concatenate([write.copies for write in change.writes] or [np.zeros(0, np.int64)])
+        self._written = rows
+        self._live[rows] = UNKNOWN
+        self._verified[rows] = False
+        self._intact[self._volatile] = False
+        self.cache.refresh()
+        read: dict[str, int] = dict.fromkeys([*TIERS], 0)
+        filled = np.zeros_like(self.cache.filled)
+        sums: list[Sum] = []
+        for write in change.writes:
+            used = self._used_slots(write)
+            self._count(write, used, read)
+            filled[write.copies] |= used
+            device = self.moving[write.copies[0]].destination.device
+            if device.type == "cpu":
+                sums += (Sum(self.moving[i], write.weights, self._slots(i)) for i in write.copies)
+            else:
+                self._write_on_gpu(device, write, used)
+        self._sums.cpu.write(sums)
+        self.cache.mark_filled(filled & (self._tier != TIERS.index("disk"))[:, None])
+        if read["disk"]:
+            self._sums.reader.check_unchanged()
+        for write in change.writes:
+            self._live[write.copies] = self._value(write.weights)
+        self._intact[rows] = True
+        return read
+
+    def bytes_written(self, change: Change) -> int:
+        return sum(int(self._nbytes[write.copies].sum()) for write in change.writes)
+
+    def storages(self, change: Change) -> set[int]:
+        """Addresses of the storages that the change writes into."""
+        return {int(address) for write in change.writes for address in np.unique(self._storage[write.copies])}
+
+    def mismatches(self, *, sample: bool) -> list[str]:
+        """Tensors whose destinations do not hold, bit for bit, what the reference makes of the original files.
+
+        Looks at all that was not found right since it was written; with `sample` at a part of what was written last.
+        """
+        weights = {value: key for key, value in self._values.items()}
+        rows = self._written if sample else np.flatnonzero(~self._verified & self._intact)
         bad = []
-        for copy in self.copies:
-            tensors = [*(copy.sources[k] for k in used), copy.destination]
-            for *parts, target in pieces(tensors, SAMPLE_ELEMENTS if sample else CHECK_ELEMENTS):
-                equal = _all_equal(copy.origin, used) or not parts[0].is_floating_point()
-                expected = parts[0] if equal else reference.weighted_sum(parts, weights)
-                if not same_bits(target, expected.to(device=target.device, dtype=target.dtype)):
-                    bad.append(copy.origin.name)
-                    break
-                if sample:
-                    break
+        for i in rows:
+            copy = self.moving[i]
+            if differs(copy, weights[int(self._live[i])], self._sums.reader, sample=sample):
+                bad.append(copy.origin.name)
+            elif not sample:
+                self._verified[i] = True
+        if not sample and not self._statics_verified:
+            statics = [copy for copy in self.copies if copy.is_static]
+            wrong = [c.origin.name for c in statics if differs(c, _one_hot(c), self._sums.reader)]
+            bad += wrong
+            self._statics_verified = not wrong
         return bad
 
-    def _write(self, copies: Iterable[Copy], coefficients: Sequence[float]) -> None:
-        """Merge into each destination, by the way that its operands' places and types allow."""
-        used = _used(coefficients)
-        staged = []
-        for copy in copies:
-            first = copy.sources[used[0]]
-            if not first.is_floating_point() or _all_equal(copy.origin, used):
-                copy.destination.copy_(first)
-            elif copy.is_streamed:
-                self._streamed([(copy.sources, [copy.destination])])([coefficients])
-            else:
-                staged.append(copy)
-        _write_staged(staged, coefficients)
+    def forget(self) -> None:
+        """Nothing is known of the destinations any more: the next change writes them all."""
+        self._live[:] = UNKNOWN
 
-    def _check_finite(self, copy: Copy) -> None:
-        source = copy.sources[0]
-        if not source.is_floating_point():
-            return
-        used = _used(self.coefficients)
-        finite = source.dtype == copy.destination.dtype and _is_finite(copy.destination)
-        # A finite sum vouches for every operand in it: NaN and Inf survive any sum.
-        suspects = [k for k in range(len(self.operands)) if not (finite and k in used)]
-        holders = [self.operands[k] for k in suspects if not _is_finite(copy.sources[k])]
-        if holders:
-            raise NonFiniteError(f"tensor {copy.origin.name!r} holds NaN or Inf in {', '.join(holders)}")
-        if not finite and not _is_finite(copy.destination):
-            raise NonFiniteError(
-                f"tensor {copy.origin.name!r}: the weighted sum is beyond the range of {copy.destination.dtype}, "
-                "though all of its inputs are finite; use smaller weights"
-            )
+    def close(self) -> None:
+        """Free the cache and close the files; safe to call twice. The plan is not used any more."""
+        self.cache.close()
+        self._sums.close()
+
+    def _follow(self, changed: np.ndarray) -> None:
+        """Add the destinations that must be written because others are."""
+        before = UNKNOWN
+        while before != changed.sum():
+            before = changed.sum()
+            for members, volatile in self._together:
+                changed[volatile] |= changed[members].any()
+
+    def _wanted(self, mixture: Mixture) -> tuple[np.ndarray, np.ndarray]:
+        """For each destination the number of the weights it should have, and its group."""
+        if len(self._values) > MAX_VALUES:
+            live = set(self._live.tolist())
+            self._values = {key: value for key, value in self._values.items() if value in live}
+        structure = self._structure(group_patterns(mixture))
+        coefficients = group_coefficients(self._family, mixture, structure.groups)
+        values = [
+            self._value(effective_weights(classes, coefficients[group], floating=floating))
+            for group, (classes, floating) in ((g, self._signatures[s]) for g, s in structure.kinds)
+        ]
+        return _array(values)[structure.kind], structure.group
+
+    def _structure(self, patterns: tuple[tuple[str, ...], ...]) -> _Structure:
+        found = self._structures.pop(patterns, None)
+        if found is None:
+            tensors = list(self._family.template.tensors)
+            groups = tensor_groups(patterns, tensors)
+            by_name = dict(zip(tensors, groups, strict=True))
+            group = _array(by_name[copy.origin.name] for copy in self.moving)
+            pairs = list(zip(group.tolist(), self._signature.tolist(), strict=True))
+            kinds = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
+            found = _Structure(groups, group, list(kinds), _array(kinds[pair] for pair in pairs))
+        self._structures[patterns] = found
+        if len(self._structures) > MAX_STRUCTURES:
+            self._structures.popitem(last=False)
+        return found
+
+    def _value(self, weights: tuple[float, ...]) -> int:
+        """The number that stands for these weights."""
+        if weights not in self._values:
+            self._values[weights] = next(self._next_value)
+        return self._values[weights]
+
+    def _used_slots(self, write: Write) -> np.ndarray:
+        """bool (destinations of the write, operands): which operands are read, each by the first one equal to it."""
+        sources = self._sources[write.copies]
+        used = np.zeros(sources.shape, bool)
+        used[np.arange(len(sources))[:, None], sources[:, used_operands(write.weights)]] = True
+        return used
+
+    def _count(self, write: Write, used: np.ndarray, read: dict[str, int]) -> None:
+        tier = TIERS[self._tier[write.copies[0]]]
+        kept = used & self.cache.filled[write.copies] & (tier != "disk")
+        nbytes = self._operand_bytes[write.copies]
+        read[tier] += int(kept.sum(1) @ nbytes)
+        read["disk"] += int((used & ~kept).sum(1) @ nbytes)
+
+    def _slots(self, copy: int) -> dict[int, Slot]:
+        found = {k: self.cache.slot(copy, k) for k in np.unique(self._sources[copy]).tolist()}
+        return {
+            k: Slot(slot, bool(self.cache.filled[copy, k])) for k, slot in found.items() if slot is not None
+        }
+
+    def _write_on_gpu(self, device: torch.device, write: Write, used: np.ndarray) -> None:
+        gpu = self._sums.gpu(device)
+        in_cache = self._tier[write.copies[0]] != TIERS.index("disk")
+        for row, k in np.argwhere(used & ~self.cache.filled[write.copies]) if in_cache else ():
+            copy = int(write.copies[row])
+            slot = self.cache.slot(copy, int(k))
+            assert slot is not None
+            gpu.fill(self.moving[copy], int(k), slot)
+        gpu.write(write.copies.tobytes(), lambda: [self._placed(int(i)) for i in write.copies], write.weights)
+
+    def _placed(self, i: int) -> Placed:
+        copy = self.moving[i]
+        slots = [self.cache.slot(i, k) for k in range(len(copy.origin.classes))]
+        return Placed(copy, tuple(copy.view if slot is None else slot for slot in slots))
 
 
-def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two tensors of one shape and dtype hold the same bits (so -0.0 and 0.0 differ)."""
-    return torch.equal(
-        left.contiguous().view(-1).view(torch.uint8), right.contiguous().view(-1).view(torch.uint8)
-    )
-
-
-def _write_staged(copies: Iterable[Copy], coefficients: Sequence[float]) -> None:
-    """Merge into each destination, through bounded pieces on its device and in the operands' dtype."""
-    used = _used(coefficients)
-    weights = [coefficients[k] for k in used]
-    batch: list[tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]] = []
-    staged = 0
-
-    def flush() -> None:
-        if batch:
-            GroupedWeightedSum([(parts, [merged]) for parts, merged, _ in batch])([weights])
-        for _, merged, target in batch:
-            if merged is not target:
-                target.copy_(merged)
-        batch.clear()
-
+def _device(copies: Sequence[Copy]) -> torch.device:
+    """Where most of the parameters are."""
+    nbytes: dict[torch.device, int] = {}
     for copy in copies:
-        first = copy.sources[used[0]]
-        copies_of_element = first.element_size() * (len(used) + 1)
-        limit = max(1, STAGE_BYTES // copies_of_element)
-        for *parts, target in pieces([*(copy.sources[k] for k in used), copy.destination], limit):
-            if staged + target.numel() * copies_of_element > STAGE_BYTES:
-                flush()
-                staged = 0
-            parts = [part.to(target.device) for part in parts]
-            same = target.dtype == first.dtype
-            merged = target if same else torch.empty(target.shape, dtype=first.dtype, device=target.device)
-            batch.append((parts, merged, target))
-            staged += target.numel() * copies_of_element
-    flush()
+        nbytes[copy.destination.device] = nbytes.get(copy.destination.device, 0) + copy.nbytes
+    return max(nbytes, key=nbytes.__getitem__) if nbytes else torch.device("cpu")
 
 
-def _used(coefficients: Sequence[float]) -> list[int]:
-    return [k for k, coefficient in enumerate(coefficients) if coefficient != 0.0]
+def _contents(family: Family, sizes: CacheSizes) -> list[str]:
+    """What the operands' files hold, as far as can be told without reading them, and which files these are."""
+    if not sizes.host:
+        return []
+    files = {(str(t.path), str(t.file)) for o in operands(family) for t in o.tensors.values()}
+    return [*(fingerprint(operand) for operand in operands(family)), *map(str, sorted(files))]
 
 
-def _all_equal(origin: Origin, used: Sequence[int]) -> bool:
-    return len({origin.classes[k] for k in used}) == 1
+def _one_hot(copy: Copy) -> list[float]:
+    return [1.0] + [0.0] * (len(copy.origin.classes) - 1)
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
-
-
-def _region(tensor: torch.Tensor) -> tuple[object, ...]:
-    return (tensor.data_ptr(), tensor.shape, tensor.stride())
-
-
-def _overlapping(copies: Sequence[Copy]) -> list[str]:
-    """Names of tensors whose destination shares an element with another's."""
-    spans: dict[int, list[tuple[int, int, Copy]]] = {}
-    for copy in copies:
-        place = copy.destination
-        begin = int(place.storage_offset())
-        end = begin + 1 + sum((n - 1) * s for n, s in zip(place.shape, place.stride(), strict=True))
-        if place.numel():
-            spans.setdefault(place.untyped_storage().data_ptr(), []).append((begin, end, copy))
-    names = []
-    for group in spans.values():
-        group.sort(key=lambda span: span[:2])
-        if any(after[0] < before[1] for before, after in pairwise(group)):
-            names += _sharing_elements([copy for _, _, copy in group])
-    return names
-
-
-def _sharing_elements(copies: Sequence[Copy]) -> list[str]:
-    """Strided destinations may interleave without sharing anything, so every element is marked."""
-    storage = copies[0].destination.untyped_storage()
-    marked = torch.zeros(storage.nbytes() // copies[0].destination.element_size(), dtype=torch.bool)
-    names = []
-    for copy in copies:
-        place = copy.destination
-        view = marked.as_strided(place.shape, place.stride(), place.storage_offset())
-        if view.any():
-            names.append(copy.origin.name)
-        view.fill_(True)
-    return names
+def _array(values: Iterable[int]) -> np.ndarray:
+    return np.array(list(values), np.int64)

@@ -21,7 +21,8 @@ _TORCH_STATE = frozenset({"_parameters", "_buffers", "_modules"})
 _METHOD = "quant_method"
 _PROCESS = "process_weights_after_loading"
 
-Key = tuple[str, str]  # ("_parameters" | "_buffers" | "" | "quant_method", attribute)
+# ("_parameters" | "_buffers" | "" or the attribute that holds a helper object: "quant_method", "impl" ..., attribute)
+Key = tuple[str, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,12 +95,16 @@ class Transforms:
         layers are processed with.
         """
         affected = {raw for raw in self.raw if raw.data.untyped_storage().data_ptr() in written}
+        storages = {raw.data.untyped_storage().data_ptr() for raw in self.raw}
         layers, attention = [], []
         for name, (module, before) in self._before.items():
             if not affected.intersection(self._read_by(module)):
                 continue
             after = marks(module)
-            changed = frozenset(_differences(before, after))
+            # A view of raw parameters (MLA's projections) is rewritten with them: nothing was made of the weights.
+            changed = frozenset(
+                key for key in _differences(before, after) if not _is_view(after.get(key), storages)
+            )
             own = [raw for raw in self.raw if raw.module is module]
             if not self._derives(own, changed, after):
                 continue
@@ -146,22 +151,33 @@ class Transforms:
             )
         return problems
 
-    def reprocess(self) -> None:
-        """Bring raw parameters back into every transformed module and let vLLM process them again.
+    def reprocess(self, modules: Sequence[Transformed] | None = None) -> None:
+        """Bring raw parameters back into transformed modules and let vLLM process them again.
 
-        Raises EngineError when a GPU's captured graphs would be left with stale addresses.
+        modules: some of `self.modules`, in their order; all of them by default. Those inside an attention layer
+        come along with it, since it reads their raw parameters. Raises EngineError when a GPU's captured graphs
+        would be left with stale addresses.
         """
-        previous = {entry.name: marks(entry.module) for entry in self.modules}
-        for entry in self.modules:
+        given = self.modules if modules is None else modules
+        here = {id(entry.module) for entry in given}
+        inside = {
+            id(child)
+            for entry in given
+            if _processes_itself(entry.module)
+            for child in entry.module.modules()
+        }
+        modules = [*(entry for entry in self.modules if id(entry.module) in inside - here), *given]
+        previous = {entry.name: marks(entry.module) for entry in modules}
+        for entry in modules:
             restore(entry, attributes=self.on_cpu)
-        for entry in self.modules:
+        for entry in modules:
             entry.process()
             if not self.on_cpu:
                 keep_addresses(entry, previous[entry.name])
 
 
 def marks(module: nn.Module) -> dict[Key, Mark]:
-    """The state of a module: its parameters, buffers and plain attributes, and those of its quant_method."""
+    """The state of a module: its parameters, buffers and plain attributes, and those of its helpers."""
     state: dict[Key, Mark] = {}
     for kind in ("_parameters", "_buffers"):
         for name, tensor in getattr(module, kind).items():
@@ -169,11 +185,10 @@ def marks(module: nn.Module) -> dict[Key, Mark]:
     for name, value in vars(module).items():
         if name not in _TORCH_STATE:
             state["", name] = _mark(value)
-    method = getattr(module, _METHOD, None)
-    if method is not None and hasattr(method, "__dict__"):
-        for name, value in {**vars(method), **vars(method).get("_modules", {})}.items():
+    for kind, helper in _helpers(module):
+        for name, value in {**vars(helper), **vars(helper).get("_modules", {})}.items():
             if name not in _TORCH_STATE:
-                state[_METHOD, name] = _mark(value)
+                state[kind, name] = _mark(value)
     return state
 
 
@@ -183,10 +198,14 @@ def restore(entry: Transformed, *, attributes: bool) -> None:
     for raw in entry.raw:
         raw.parameter.data = raw.data
         module._parameters[raw.name] = raw.parameter
-    for kind, name in entry.changed if attributes else ():
+    # Sorted: the module's own attributes, its helpers among them, come before those of the helpers.
+    for kind, name in sorted(entry.changed) if attributes else ():
         if kind in ("_parameters", "_buffers"):
+            # Processing copies into what it made the last time: then nobody could see that it was made anew.
+            if (kind, name) not in entry.before:
+                getattr(module, kind).pop(name, None)
             continue
-        owner = getattr(module, _METHOD) if kind == _METHOD else module
+        owner = getattr(module, kind) if kind else module
         if (kind, name) in entry.before:
             setattr(owner, name, entry.before[kind, name].value)
         elif hasattr(owner, name):
@@ -218,7 +237,7 @@ def keep_addresses(entry: Transformed, previous: Mapping[Key, Mark]) -> None:
         elif kind == "_buffers":
             module._buffers[name] = old.value
         else:
-            setattr(getattr(module, _METHOD) if kind == _METHOD else module, name, old.value)
+            setattr(getattr(module, kind) if kind else module, name, old.value)
 
 
 def _layer_process(module: nn.Module) -> Callable[[], None]:
@@ -236,7 +255,17 @@ def _attention_process(module: nn.Module, act_dtype: torch.dtype) -> Callable[[]
     return lambda: module.process_weights_after_loading(act_dtype)  # type: ignore[operator]
 
 
-def _processes_itself(module: nn.Module) -> bool:
+def _helpers(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Objects that process a module's weights on its behalf, by attribute: quant_method, an attention's impl."""
+    method = getattr(module, _METHOD, None)
+    if hasattr(method, "__dict__"):
+        yield _METHOD, method
+    for name, value in vars(module).items():
+        if value is not method and not isinstance(value, type) and _processes_itself(value):
+            yield name, value
+
+
+def _processes_itself(module: Any) -> bool:
     return callable(getattr(module, _PROCESS, None))
 
 
@@ -244,6 +273,13 @@ def _differences(before: Mapping[Key, Mark], after: Mapping[Key, Mark]) -> Itera
     for key in before.keys() | after.keys():
         if key not in before or key not in after or before[key].token != after[key].token:
             yield key
+
+
+def _is_view(mark: Mark | None, storages: set[int]) -> bool:
+    value = None if mark is None else mark.value
+    if not isinstance(value, torch.Tensor) or value.numel() == 0 or value.is_meta:
+        return False
+    return value.untyped_storage().data_ptr() in storages
 
 
 def _mark(value: Any) -> Mark:

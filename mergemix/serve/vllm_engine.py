@@ -13,8 +13,9 @@ from multiprocessing.connection import Pipe
 from typing import Any
 
 from mergemix.errors import EngineError, MergeMixError, PoisonedEngineError
+from mergemix.merge.delta_cache import TIERS, remove_stale
 from mergemix.mixture import Mixture
-from mergemix.serve.coefficients import coefficients
+from mergemix.serve.coefficients import check_mixture
 from mergemix.serve.engine import Engine, EngineSpec, Output, Request, Swap
 from mergemix.serve.engine_log import EngineLog
 from mergemix.serve.vllm_plugin import LOAD_FORMAT
@@ -23,6 +24,7 @@ WORKER_EXTENSION = "mergemix.serve.vllm_worker.MergeWorker"
 STOP_S = 15.0
 TERMINATE_S = 5.0
 POLL_S = 0.02
+SHOWN_PROBLEMS = 3
 CHILD_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     # A bounded spin at the end of a parallel region: threads that spin for ever take the cores from whoever computes.
@@ -45,8 +47,10 @@ class VllmEngine(Engine):
         Raises ConfigError for a mixture that the family cannot give, EngineError with vLLM's own reason when it
         does not start; no process is then left.
         """
-        coefficients(spec.family, initial)
+        check_mixture(spec.family, initial)
         self._family = spec.family
+        self._verify_every = spec.verify_swaps == "every"
+        self._shares_memory = spec.host_cache > 0
         self._process: EngineProcess | None = EngineProcess(EngineLog(spec.log))
         try:
             started = self._process.call("start", engine_args(spec, initial))
@@ -59,10 +63,23 @@ class VllmEngine(Engine):
         self.max_model_len: int = started["max_model_len"]
 
     def apply(self, mixture: Mixture) -> Swap:
+        """As Engine.apply. With verify_swaps "every", what it wrote is compared with the reference."""
         begin = time.perf_counter()
-        reports = self._swap(mixture, "none")
-        written = sum(report["bytes_written"] for report in reports)
-        return Swap(time.perf_counter() - begin, written)
+        reports = self._swap(mixture, "all" if self._verify_every else "none")
+        seconds = time.perf_counter() - begin
+        if problems := [problem for report in reports for problem in report["problems"]]:
+            self.poisoned = True
+            raise PoisonedEngineError(
+                f"the swap to {mixture} did not give its weights: {'; '.join(problems[:SHOWN_PROBLEMS])}"
+            )
+        return Swap(
+            seconds,
+            bytes_written=sum(report["bytes_written"] for report in reports),
+            bytes_read={tier: sum(report["bytes_read"][tier] for report in reports) for tier in TIERS},
+            destinations=sum(report["destinations"] for report in reports),
+            skipped=sum(report["skipped"] for report in reports),
+            process_s=max(report["process_s"] for report in reports),
+        )
 
     def apply_checked(self, mixture: Mixture, *, thorough: bool) -> list[str]:
         """As `apply`; then what of the swap did not work on any rank, empty when all is well.
@@ -89,13 +106,15 @@ class VllmEngine(Engine):
         process, self._process = self._process, None
         if process is not None:
             process.stop()
+            if self._shares_memory:
+                remove_stale()  # of processes that had to be killed
 
     def _swap(self, mixture: Mixture, check: str) -> list[dict[str, Any]]:
         process = self._usable_process()
-        weights = coefficients(self._family, mixture)
+        check_mixture(self._family, mixture)
         self.poisoned = True  # until all of it has worked
         try:
-            reports = process.call("swap", weights, check)
+            reports = process.call("swap", mixture.key(), check)
         except EngineError as error:
             raise PoisonedEngineError(f"the swap to {mixture} failed halfway: {error}") from error
         self.poisoned = False
@@ -193,6 +212,9 @@ def engine_args(spec: EngineSpec, initial: Mixture) -> dict[str, Any]:
             "experts": {expert.name: str(expert.root) for expert in family.experts},
             "base": None if family.base is None else str(family.base.root),
             "weights": initial.as_dict(),
+            **{key: value for key, value in initial.describe().items() if key == "groups"},
+            "device_cache": spec.device_cache,
+            "host_cache": spec.host_cache,
         },
         "worker_extension_cls": WORKER_EXTENSION,
         "tensor_parallel_size": spec.tensor_parallel_size,

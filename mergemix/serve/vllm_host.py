@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,19 @@ class Host:
         """What each rank's MergeWorker method returns."""
         return self._llm.collective_rpc(method, args=arguments)
 
-    def swap(self, weights: Sequence[float], check: str) -> list[dict[str, Any]]:
+    def swap(self, key: str, check: str) -> list[dict[str, Any]]:
         """See MergeWorker.mergemix_swap; one entry per rank. Then the prefix cache, which is of the old weights, is
         dropped. Whatever is raised, the engine must not be used any more.
         """
-        reports = self.call_workers("mergemix_swap", list(weights), check)
+        reports = self.call_workers("mergemix_swap", key, check)
+        self.reset_prefix_cache()
+        return reports
+
+    def reset_prefix_cache(self) -> None:
+        """Raises PoisonedEngineError when vLLM does not do it."""
         for _ in range(RESET_ATTEMPTS):
             if self._llm.reset_prefix_cache() is True:
-                return reports
+                return
             time.sleep(RESET_PAUSE_S)
         raise PoisonedEngineError(
             "vLLM would not reset its prefix cache, which holds the old weights' results"
@@ -87,7 +93,10 @@ class Host:
         ]
 
     def stop(self) -> None:
-        """Let vLLM end its other processes, where it has any."""
+        """Free shared memory, and let vLLM end its other processes, where it has any."""
+        if self._llm is not None:
+            with suppress(Exception):  # a worker that is gone holds nothing any more
+                self.call_workers("mergemix_close")
         if self._llm is not None and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
             self._llm.llm_engine.engine_core.shutdown(timeout=SHUTDOWN_S)
 

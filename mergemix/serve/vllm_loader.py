@@ -4,14 +4,16 @@
         '{"experts": {"math": PATH, "code": PATH}, "base": PATH or null, "weights": {"math": 0.3, "code": 0.7}}'
 
 serves a merge that is never written. `base` is BASE itself when absent, and read only when the weights do not sum
-to one; `weights` are used as given, uniform when absent.
+to one; `weights` are used as given, uniform when absent. `groups`, a list of {"tensors": [PATTERN, ...], "weights":
+{NAME: WEIGHT, ...}}, gives tensors weights of their own. `device_cache` and `host_cache` are bytes, of all ranks
+together, in which operands are kept for later swaps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,13 +22,16 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from mergemix.checkpoints.family import Family, open_family
 from mergemix.errors import CheckpointError, ConfigError
-from mergemix.mixture import Mixture
-from mergemix.serve.coefficients import coefficients, operands
+from mergemix.mixture import LayerGroup, Mixture
+from mergemix.serve.engine import check_cache_bytes
 from mergemix.serve.lazy import LazyMerge
-from mergemix.serve.swap_plan import SwapPlan
-from mergemix.serve.transforms import Transforms
+from mergemix.serve.transforms import Raw, Transformed, Transforms
 
-KEYS = ("experts", "base", "weights")
+if TYPE_CHECKING:
+    from mergemix.serve.recording import Recording
+    from mergemix.serve.swap_plan import SwapPlan
+
+KEYS = ("experts", "base", "weights", "groups", "device_cache", "host_cache")
 
 
 @dataclass
@@ -34,17 +39,37 @@ class Loaded:
     """What a swap needs of a loaded model, on this rank; kept as its attribute `mergemix`.
 
     uncovered: bytes of parameters that came from no checkpoint tensor, by name (vocabulary padding, for example).
-    problems: why swaps of this model would be wrong; empty when they are right.
+    problems: why swaps of this model would be wrong; empty when they are right. read_by: the addresses of the
+    storages that processing a transformed module reads, in the order of transforms.modules. mixture: what is live;
+    None where that is not known. mixed: a swap has begun and not ended, so that the weights are of two mixtures.
     """
 
     plan: SwapPlan
     transforms: Transforms
     uncovered: Mapping[str, int]
     problems: list[str]
+    mixture: Mixture | None
+    read_by: list[tuple[Transformed, frozenset[int]]] = field(default_factory=list)
+    mixed: bool = False
+
+    def settle(self, act_dtype: torch.dtype) -> None:
+        """See what vLLM's processing made of the weights that were loaded; to be called after it."""
+        transforms = self.transforms
+        self.problems += transforms.settle(self.plan.bytes_by_storage(), act_dtype)
+        for entry in transforms.modules:
+            read = frozenset(map(_storage, transforms._read_by(entry.module)))
+            self.read_by.append((entry, read))
+            self.plan.write_together(read, {_storage(raw) for raw in entry.raw if not raw.is_unchanged()})
+
+    def stale(self, written: Set[int]) -> list[Transformed]:
+        """The modules to process again after storages at these addresses were written."""
+        return [entry for entry, read in self.read_by if not read.isdisjoint(written)]
 
 
 class MergeLoader(BaseModelLoader):
     """Feeds vLLM's own `model.load_weights` with lazy merged tensors."""
+
+    _ranks = 1  # that share the budgets of the cache
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Nothing to do ahead: `open_family` downloads what is not local."""
@@ -52,34 +77,48 @@ class MergeLoader(BaseModelLoader):
     def load_weights(self, model: Any, model_config: ModelConfig) -> None:
         """Merge into the parameters of `model`.
 
+        The memory of the cache is taken here: vLLM measures what is left when the model is loaded.
         Raises ConfigError for a bad model_loader_extra_config, CheckpointError for checkpoints that cannot be
         merged or do not hold all parameters, NonFiniteError naming tensor and operand.
         """
         # Not above: llvmlite, if imported before a worker starts up, breaks vLLM's search through all modules.
-        from mergemix.serve.operands import lazy_weights
+        from mergemix.serve.operand_cache import CacheSizes
+        from mergemix.serve.recording import Recording
 
-        family, mixture = parse_config(self.load_config.model_loader_extra_config, model_config.model)
-        plan = SwapPlan([operand.name for operand in operands(family)], coefficients(family, mixture))
-        loaded = model.load_weights(lazy_weights(family, plan))
+        config = parse_config(self.load_config.model_loader_extra_config, model_config.model)
+        recording = Recording(config.family, config.mixture)
+        loaded = model.load_weights(recording.lazy_weights())
         transforms = Transforms(model)
-        plan.seal(transforms.tensors())
-        uncovered = _uncovered(model, plan)
+        uncovered = _uncovered(model, recording)
         _check_complete(model, loaded, uncovered)
-        model.mergemix = Loaded(plan, transforms, uncovered, plan.unreplayable)
+        sizes = CacheSizes(config.device_cache // self._ranks, config.host_cache // self._ranks)
+        plan = recording.finish(transforms.tensors(), sizes)
+        model.mergemix = Loaded(plan, transforms, uncovered, plan.unreplayable, config.mixture)
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, **kwargs: Any) -> nn.Module:
         """Load as every loader does, then see which modules vLLM transformed."""
         # An output head that happens to equal the embedding in this mixture may differ in the next one: keep both.
         if hasattr(model_config, "word_embeddings_untied_by_checkpoint"):
             model_config.word_embeddings_untied_by_checkpoint = False
+        self._ranks = vllm_config.parallel_config.world_size
         model = super().load_model(vllm_config=vllm_config, model_config=model_config, **kwargs)
         loaded: Loaded = model.mergemix  # type: ignore[assignment]
-        loaded.problems += loaded.transforms.settle(loaded.plan.bytes_by_storage(), model_config.dtype)
+        loaded.settle(model_config.dtype)
         return model
 
 
-def parse_config(extra: Any, model: str) -> tuple[Family, Mixture]:
-    """The family and mixture that model_loader_extra_config describes; `model`: what vLLM was told to serve.
+@dataclass(frozen=True)
+class LoaderConfig:
+    """What to serve at first. device_cache, host_cache: bytes, of all ranks of an engine together."""
+
+    family: Family
+    mixture: Mixture
+    device_cache: int
+    host_cache: int
+
+
+def parse_config(extra: Any, model: str) -> LoaderConfig:
+    """What model_loader_extra_config says; `model`: what vLLM was told to serve.
 
     Raises ConfigError on an unknown key or a value of the wrong kind, and what `open_family` raises.
     """
@@ -91,20 +130,51 @@ def parse_config(extra: Any, model: str) -> tuple[Family, Mixture]:
     if unknown := sorted(set(extra) - set(KEYS)):
         raise ConfigError(f"model_loader_extra_config has no key {unknown[0]!r}; it takes {', '.join(KEYS)}")
     experts = {str(name): str(path) for name, path in extra["experts"].items()}
-    weights = extra.get("weights")
-    if weights is None:
-        mixture = Mixture.uniform(tuple(experts))
-    elif isinstance(weights, Mapping):
-        mixture = Mixture.of(tuple(experts), weights, normalize=False)
-    else:
-        raise ConfigError(f"weights must map expert names to numbers, but is {weights!r}")
-    base = extra.get("base", model if mixture.base_weight != 0.0 else None)
-    return open_family(base, experts), mixture
+    names = tuple(experts)
+    mixture = (
+        Mixture.uniform(names)
+        if extra.get("weights") is None
+        else Mixture(names, _weights(names, extra["weights"]))
+    )
+    groups = extra.get("groups") or []
+    if not isinstance(groups, list) or not all(
+        isinstance(group, Mapping) and set(group) == {"tensors", "weights"} for group in groups
+    ):
+        raise ConfigError(
+            f'groups must be a list of {{"tensors": [...], "weights": {{...}}}}, but is {groups!r}'
+        )
+    mixture = replace(
+        mixture,
+        groups=tuple(
+            LayerGroup(_patterns(group["tensors"]), _weights(names, group["weights"])) for group in groups
+        ),
+    )
+    parts = [mixture.weights, *(group.weights for group in mixture.groups)]
+    needs_base = any(Mixture(names, weights).base_weight != 0.0 for weights in parts)
+    base = extra.get("base", model if needs_base else None)
+    caches = {key: check_cache_bytes(key, extra.get(key, 0)) for key in ("device_cache", "host_cache")}
+    return LoaderConfig(open_family(base, experts), mixture, **caches)
 
 
-def _uncovered(model: nn.Module, plan: SwapPlan) -> dict[str, int]:
+def _weights(names: tuple[str, ...], given: Any) -> tuple[float, ...]:
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"weights must map expert names to numbers, but is {given!r}")
+    return Mixture.of(names, given, normalize=False).weights
+
+
+def _patterns(given: Any) -> tuple[str, ...]:
+    if not isinstance(given, list) or not all(isinstance(pattern, str) for pattern in given):
+        raise ConfigError(f"a group's tensors must be a list of patterns, but is {given!r}")
+    return tuple(given)
+
+
+def _storage(raw: Raw) -> int:
+    return raw.data.untyped_storage().data_ptr()
+
+
+def _uncovered(model: nn.Module, recording: Recording) -> dict[str, int]:
     """Bytes of each parameter that no checkpoint tensor was copied into."""
-    covered = plan.bytes_by_storage(static=True)
+    covered = recording.bytes_by_storage()
     missing = {}
     for name, parameter in model.named_parameters():
         if isinstance(parameter.data, LazyMerge):

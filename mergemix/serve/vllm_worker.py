@@ -6,13 +6,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import BuiltinFunctionType, FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mergemix.errors import EngineError
-from mergemix.serve.swap_plan import same_bits
-from mergemix.serve.transforms import Mark, Transformed, marks
+from mergemix.mixture import Mixture
+from mergemix.serve.copies import same_bits
+from mergemix.serve.transforms import Mark, Transformed, Transforms, marks
+
+if TYPE_CHECKING:
+    from mergemix.serve.swap_plan import Change, SwapPlan
 
 PROBED_COLUMNS = 16
 
@@ -25,7 +29,11 @@ class MergeWorker:
     model_config: Any
 
     def mergemix_describe(self) -> dict[str, Any]:
-        """This rank's plan: bytes_written by a swap, transformed modules, uncovered bytes by name, problems."""
+        """This rank's plan.
+
+        bytes_written by a swap of everything, transformed modules, uncovered bytes by name, problems, and "cache": the
+        bytes of operands by the tier that they are assigned to.
+        """
         loaded = self._mergemix_loaded()
         return {
             "tensors": len(loaded.plan.copies),
@@ -33,43 +41,78 @@ class MergeWorker:
             "transformed": [entry.name for entry in loaded.transforms.modules],
             "uncovered": dict(loaded.uncovered),
             "problems": list(loaded.problems),
+            "cache": dict(loaded.plan.cache.assigned),
         }
 
-    def mergemix_swap(self, coefficients: Sequence[float], check: str = "none") -> dict[str, Any]:
-        """Write the merge with other coefficients into the live model.
+    def mergemix_mixture(self) -> str:
+        """The key of the mixture that is live; "" where a swap failed or did not give it."""
+        mixture = self._mergemix_loaded().mixture
+        return "" if mixture is None else mixture.key()
 
-        check: "none", "sample" or "all": how much of what was written is compared with the fp32 reference, and
-        unless "none" every transformed module is examined. Returns seconds, bytes_written and problems (empty
-        when all is well). Whatever it raises, the weights are then mixed.
+    def mergemix_swap(self, key: str, check: str = "none") -> dict[str, Any]:
+        """Make the live weights those of another mixture.
+
+        key: of the mixture (Mixture.key). check: "none", "sample" or "all": how much of what was written is compared
+        with the fp32 reference ("all" also looks at what was never compared before), and unless "none" every module
+        that is transformed again is examined.
+
+        Returns seconds; process_s, the part of them in vLLM's own processing; bytes_read by tier; bytes_written;
+        destinations and how many of them were skipped; problems, empty when all is well.
+        Raises ConfigError for a mixture that the family cannot give, with nothing changed. Whatever else it raises, the
+        weights are then mixed, and it refuses to swap again.
         """
         begin = time.perf_counter()
         loaded = self._mergemix_loaded()
+        if loaded.mixed:
+            raise EngineError("an earlier swap failed halfway: this engine must be rebuilt")
         plan = loaded.plan
+        change = plan.change_to(Mixture.from_key(key))
+        loaded.mixture, loaded.mixed = None, True
         with torch.no_grad(), self._mergemix_context():
-            self.mergemix_write(plan, coefficients)
+            read = self.mergemix_write(plan, change)
             seconds = time.perf_counter() - begin
             problems = []
+            modules = loaded.stale(plan.storages(change))
             if check != "none":
-                bad = plan.mismatches(coefficients, sample=check == "sample")
+                bad = plan.mismatches(sample=check == "sample")
                 problems += [f"{name}: the live weights differ from the reference" for name in bad]
-            witnesses = [Witness(entry) for entry in loaded.transforms.modules] if check != "none" else []
+            witnesses = [Witness(entry) for entry in modules] if check != "none" else []
             begin = time.perf_counter()
-            self.mergemix_reprocess(loaded.transforms)
+            self.mergemix_reprocess(loaded.transforms, modules)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            seconds += time.perf_counter() - begin
+            process_s = time.perf_counter() - begin
             problems += [problem for witness in witnesses for problem in witness.problems()]
-        return {"seconds": seconds, "bytes_written": plan.nbytes, "problems": problems}
+        loaded.mixed = False
+        if problems:
+            plan.forget()
+        else:
+            loaded.mixture = change.mixture
+        return {
+            "seconds": seconds + process_s,
+            "process_s": process_s,
+            "bytes_read": read,
+            "bytes_written": plan.bytes_written(change),
+            "destinations": len(plan.moving),
+            "skipped": change.skipped,
+            "problems": problems,
+        }
+
+    def mergemix_close(self) -> None:
+        """Free what outlives this process, the shared memory of the cache. The engine is not used any more."""
+        loaded = self._mergemix_loaded()
+        loaded.mixture, loaded.mixed = None, True
+        loaded.plan.close()
 
     def mergemix_compile_nothing(self) -> None:
         """vLLM compiles helpers of its sampler even with enforce_eager: 5 s at the first request, no gain on a CPU."""
         torch.compiler.set_stance("force_eager")
 
-    def mergemix_write(self, plan: Any, coefficients: Sequence[float]) -> None:
-        plan.write(coefficients)
+    def mergemix_write(self, plan: SwapPlan, change: Change) -> dict[str, int]:
+        return plan.write(change)
 
-    def mergemix_reprocess(self, transforms: Any) -> None:
-        transforms.reprocess()
+    def mergemix_reprocess(self, transforms: Transforms, modules: Sequence[Transformed]) -> None:
+        transforms.reprocess(modules)
 
     def _mergemix_loaded(self) -> Any:
         loaded = getattr(self.model_runner.get_model(), "mergemix", None)

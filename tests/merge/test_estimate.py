@@ -60,8 +60,9 @@ def test_a_plan_foretells_what_the_merge_does(tmp_path: Path, weights: tuple[dic
     assert foretold["seconds"] == start + max(stages.values())
     assert stages[foretold["bound_by"]] == max(stages.values())
     whole = sum(tensor.nbytes for tensor in request.family.template.tensors.values())
-    swap = {"bytes_read": 3 * whole, "bytes_written": whole, "cpu_parameter_bytes": 2 * whole}
-    assert foretold["swap"] == swap
+    swap = dict(foretold["swap"])
+    assert swap.pop("tiers").keys() == {"device", "host", "disk"}
+    assert swap == {"bytes_read": 3 * whole, "bytes_written": whole, "cpu_parameter_bytes": 2 * whole}
 
 
 def test_an_adapter_is_read_as_factors(tmp_path: Path) -> None:
@@ -206,3 +207,17 @@ def test_memory_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "memory.max").write_text("max\n")
     again = resources.free_memory()
     assert again is None or again > 1_001_000
+
+
+def test_the_tiers_of_the_delta_cache_are_foretold(tmp_path: Path) -> None:
+    request = make_request(tmp_path, {"math": 0.5, "code": 0.5})
+    whole = estimate.estimate(request)["swap"]["tiers"]
+    assert whole["device"] == whole["host"] == 0 < whole["disk"]
+    some = estimate.estimate(request, device_cache=whole["disk"] // 3, host_cache=whole["disk"] // 2)["swap"][
+        "tiers"
+    ]
+    assert sum(some.values()) == whole["disk"]
+    assert 0 < some["device"] <= whole["disk"] // 3
+    assert 0 < some["host"] <= whole["disk"] // 2
+    every = estimate.estimate(request, device_cache=1 << 40)["swap"]["tiers"]
+    assert every == {"device": whole["disk"], "host": 0, "disk": 0}

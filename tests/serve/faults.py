@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
+from mergemix.serve.swap_plan import Change, SwapPlan
+from mergemix.serve.transforms import Transformed, Transforms
 from mergemix.serve.vllm_worker import MergeWorker
 
 FAULTS = ("none", "lost tensor", "stale module", "old closure", "kernel kept", "fails halfway")
@@ -21,37 +22,33 @@ class FaultyWorker(MergeWorker):
         assert fault in FAULTS
         self.mergemix_fault, self.mergemix_victim = fault, victim
 
-    def mergemix_write(self, plan: Any, coefficients: Sequence[float]) -> None:
-        moving = [copy for copy in plan.copies if not copy.is_static]
-        lost = moving[len(moving) // 2]
+    def mergemix_write(self, plan: SwapPlan, change: Change) -> dict[str, int]:
+        lost = plan.moving[len(plan.moving) // 2]
         before = lost.destination.clone()
-        super().mergemix_write(plan, coefficients)
+        read = super().mergemix_write(plan, change)
         if self.mergemix_fault == "lost tensor":
             lost.destination.copy_(before)
+        return read
 
-    def mergemix_reprocess(self, transforms: Any) -> None:
-        entries = transforms.modules
+    def mergemix_reprocess(self, transforms: Transforms, modules: Sequence[Transformed]) -> None:
+        entries = list(modules)
         victims = [entry for entry in entries if entry.name.endswith(self.mergemix_victim)]
         others = [entry for entry in entries if entry not in victims]
         if self.mergemix_fault == "fails halfway":
-            transforms.modules = entries[: len(entries) // 2]
-            super().mergemix_reprocess(transforms)
+            super().mergemix_reprocess(transforms, entries[: len(entries) // 2])
             raise RuntimeError("injected")
         if self.mergemix_fault == "stale module":
             assert victims
-            transforms.modules = others
+            entries = others
         if self.mergemix_fault == "kernel kept":  # vLLM then skips the packing of fused experts
             kept = [
                 replace(entry, changed=frozenset(key for key in entry.changed if key[0] != "quant_method"))
                 for entry in victims
             ]
             assert kept
-            transforms.modules = others + kept
+            entries = others + kept
         closures = {entry.name: vars(entry.module).get("cpu_linear") for entry in victims}
-        try:
-            super().mergemix_reprocess(transforms)
-        finally:
-            transforms.modules = entries
+        super().mergemix_reprocess(transforms, entries)
         if self.mergemix_fault == "old closure":
             assert victims
             for entry in victims:

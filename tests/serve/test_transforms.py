@@ -80,6 +80,43 @@ class Attention(nn.Module):
         self.product = (self.inner.weight.data * 2).to(act_dtype)
 
 
+class Latent(nn.Module):
+    """Views of the weight of a layer inside it, and copies into what it made before, like MLA on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Layer(Untouched())
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        self.view = nn.Parameter(self.inner.weight.data.t(), requires_grad=False)
+        wide = self.inner.weight.data.double()
+        if hasattr(self, "copied"):
+            self.copied.data.copy_(wide)
+        else:
+            self.copied = nn.Parameter(wide, requires_grad=False)
+
+
+class Helper:
+    """Packs on behalf of an attention layer, which then empties the layer inside it, like MLA with AMX."""
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None: ...
+
+    def pack(self, weight: torch.Tensor) -> None:
+        if not hasattr(self, "packed"):
+            self.packed = weight.flip(0).contiguous()
+
+
+class Helped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Layer(Untouched())
+        self.impl = Helper()
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        self.impl.pack(self.inner.weight.data)
+        self.inner.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
+
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +138,7 @@ def load(model: nn.Module) -> tuple[Transforms, list[torch.Tensor], list[str]]:
         if hasattr(module, "quant_method"):
             module.quant_method.process_weights_after_loading(module)  # type: ignore[operator, union-attr]
     for module in model.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, (Attention, Latent, Helped)):
             module.process_weights_after_loading(torch.float32)
     written = {data.untyped_storage().data_ptr(): data.untyped_storage().nbytes() for data in raw}
     return transforms, raw, transforms.settle(written, torch.float32)
@@ -149,6 +186,27 @@ def test_a_module_that_was_not_made_anew_is_reported() -> None:
     problems = {name: witness.problems() for name, witness in witnesses.items()}
     assert len(problems.pop("packed")) == 3  # the old closure, the old bias, and the old columns
     assert not any(problems.values())
+
+
+@pytest.mark.parametrize("kind", [Latent, Helped])
+def test_what_an_attention_layer_made_of_weights_inside_it_is_made_anew(kind: type[nn.Module]) -> None:
+    model: Any = nn.Module()
+    model.attention = kind()
+    transforms, raw, problems = load(model)
+    assert problems == []
+    for seed in range(3):
+        value = torch.randn(raw[0].shape, generator=torch.Generator().manual_seed(seed))
+        raw[0].copy_(value)
+        witnesses = [Witness(entry) for entry in transforms.modules if entry.name == "attention"]
+        assert len(witnesses) == 1
+        transforms.reprocess([entry for entry in transforms.modules if entry.name == "attention"])
+        assert [problem for witness in witnesses for problem in witness.problems()] == []
+        if kind is Latent:
+            assert torch.equal(model.attention.view, value.t())
+            assert torch.equal(model.attention.copied, value.double())
+        else:
+            assert torch.equal(model.attention.impl.packed, value.flip(0))
+            assert model.attention.inner.weight.numel() == 0
 
 
 @pytest.mark.parametrize(

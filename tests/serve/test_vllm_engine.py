@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,9 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergemix.checkpoints.family import Family, open_family
-from mergemix.errors import EngineError, NonFiniteError, PoisonedEngineError
+from mergemix.errors import ConfigError, EngineError, NonFiniteError, PoisonedEngineError
 from mergemix.merge import merge_to_directory
-from mergemix.mixture import Mixture
+from mergemix.merge.delta_cache import shared_memory
+from mergemix.mixture import LayerGroup, Mixture
 from mergemix.serve import open_engine
 from mergemix.serve.engine import EngineSpec, Generate, LogLikelihood
 from mergemix.serve.engine_log import EngineLog
@@ -57,6 +60,20 @@ class VllmConformance(EngineConformance):
     def make_engine(cls, tmp_path_factory: pytest.TempPathFactory) -> StartEngine:
         log = tmp_path_factory.mktemp("logs") / "engine.log"
         return lambda family, initial: open_engine(spec(family, log), initial)
+
+    def test_a_swap_that_loses_a_tensor_poisons_an_engine_that_verifies_every_one(
+        self, family: Family, tmp_path: Path
+    ) -> None:
+        uniform = Mixture.uniform(family.names)
+        every = replace(spec(family, tmp_path / "engine.log"), verify_swaps="every")
+        with open_engine(every, uniform) as engine:
+            assert isinstance(engine, VllmEngine)
+            self.set_fault(engine, "lost tensor")
+            with pytest.raises(PoisonedEngineError, match="differ from the reference"):
+                engine.apply(Mixture.one_hot(family.names, "code"))
+            assert engine.poisoned
+            assert engine._process is not None
+            assert engine._process.call("call_workers", "mergemix_mixture") == [""]
 
     def set_fault(self, engine: VllmEngine, fault: str, victim: str = "") -> None:
         assert engine._process is not None
@@ -276,7 +293,11 @@ def test_two_ranks_swap_each_their_own_part(
     paths = make_family(tmp_path, "llama", experts=2)
     family = open_family(str(paths["base"]), {name: str(paths[name]) for name in ("math", "code")})
     log = tmp_path / "engine.log"
-    two_ranks = EngineSpec(family, "vllm", max_model_len=MAX_POSITIONS, tensor_parallel_size=2, log=log)
+    before = set(shared_memory().glob("mergemix-*"))
+    cached: dict[str, Any] = {"device_cache": 100_000, "host_cache": 400_000, "verify_swaps": "every"}
+    two_ranks = EngineSpec(
+        family, "vllm", max_model_len=MAX_POSITIONS, tensor_parallel_size=2, log=log, **cached
+    )
     with open_engine(two_ranks, Mixture.uniform(family.names)) as engine:
         assert isinstance(engine, VllmEngine)
         assert engine.proven
@@ -284,9 +305,32 @@ def test_two_ranks_swap_each_their_own_part(
         assert len(ranks) == 2
         whole = sum(tensor.nbytes for tensor in family.template.tensors.values())
         assert all(rank["bytes_written"] < 0.7 * whole for rank in ranks)
-        engine.apply(Mixture.base_only(family.names))
+        for rank in ranks:
+            assert 0 < rank["cache"]["device"] <= 50_000
+            assert 0 < rank["cache"]["host"] <= 200_000
+            assert rank["cache"]["disk"] > 0
+        swap = engine.apply(Mixture.base_only(family.names))
+        assert swap.skipped == 0
+        first_layer = LayerGroup(("model.layers.0.*",), (0.5, 0.5))
+        part = engine.apply(Mixture(family.names, (0.0, 0.0), (first_layer,)))
+        assert 0 < part.bytes_written < swap.bytes_written / 2
+        assert 0 < part.process_s < part.seconds
+        assert sum(part.bytes_read.values()) == 2 * part.bytes_written
+        assert part.bytes_read["device"] > 0
+        assert part.bytes_read["host"] > 0
+        again = engine.apply(Mixture(family.names, (0.0, 0.0), (first_layer,)))
+        assert (again.bytes_written, sum(again.bytes_read.values())) == (0, 0)
+        assert again.skipped == again.destinations == part.destinations > 0
+        keys = engine._usable_process().call("call_workers", "mergemix_mixture")
+        assert keys == [Mixture(family.names, (0.0, 0.0), (first_layer,)).key()] * 2
+        with pytest.raises(ConfigError, match="matches none"):
+            engine.apply(Mixture(family.names, (0.5, 0.5), (LayerGroup(("layer.*",), (1.0, 0.0)),)))
+        assert not engine.poisoned
+        segments = set(shared_memory().glob("mergemix-*")) - before
+        assert len(segments) == 2
         process = engine._process
     assert process is not None
     assert session_of(process) == []
+    assert not any(path.exists() for path in segments)
     assert "Worker" in log.read_text()
     assert capfd.readouterr().out == ""

@@ -1,0 +1,207 @@
+"""Several mixtures of LoRA adapters in flight in one vLLM engine, without any swap.
+
+A mixture of adapters is itself an adapter (see multi_lora_adapter), and vLLM's multi-LoRA applies another one to each
+request of a batch. So the engine serves the base, and a candidate is a directory of a few factors.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Pipe
+from pathlib import Path
+from typing import Any
+
+from mergemix.errors import ConfigError, EngineError, MergeMixError, PoisonedEngineError
+from mergemix.mixture import Mixture
+from mergemix.serve import multi_lora_adapter as adapters
+from mergemix.serve.engine import Engine, EngineSpec, Output, Request, Swap
+from mergemix.serve.engine_log import EngineLog
+from mergemix.serve.vllm_engine import CHILD_ENVIRONMENT, EngineProcess, engine_args
+
+HOST_MODULE = "mergemix.serve.multi_lora_host"
+WORKER_EXTENSION = "mergemix.serve.multi_lora_host.LoraWorker"
+
+
+@dataclass(frozen=True)
+class MultiLoraSpec(EngineSpec):
+    """An engine over a family whose experts are all LoRA adapters, of low-rank factors only.
+
+    in_flight: mixtures that share one step of vLLM. On a GPU each takes memory for factors of the largest rank that a
+    mixture can have. More may be submitted together: they then wait for each other.
+    Raises ConfigError for other families, and for ranks beyond what vLLM's LoRA takes.
+    """
+
+    in_flight: int = 4
+
+    def __post_init__(self) -> None:
+        adapters.check_low_rank(self.family)
+        if self.in_flight < 1:
+            raise ConfigError(f"in_flight must be at least 1, but is {self.in_flight}")
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """An adapter in vLLM. number: no other mixture ever has it."""
+
+    number: int
+    directory: Path
+
+    @property
+    def reference(self) -> tuple[int, str]:
+        return self.number, str(self.directory)
+
+
+class LoraProcess(EngineProcess):
+    """An EngineProcess whose child runs mergemix.serve.multi_lora_host."""
+
+    def __init__(self, log: EngineLog) -> None:
+        self._log = log
+        self._busy = False
+        self._connection, theirs = Pipe()
+        with theirs:
+            descriptor = theirs.fileno()
+            command = [sys.executable, "-P", "-m", HOST_MODULE, str(descriptor), str(os.getpid())]
+            self._child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log.fileno,
+                stderr=log.fileno,
+                pass_fds=[descriptor],
+                env={**CHILD_ENVIRONMENT, **os.environ},
+                start_new_session=True,
+            )
+        log.release()
+
+
+class MultiLoraEngine(Engine):
+    """vLLM on the base, with mixtures as adapters.
+
+    Each adapter that vLLM loads is compared with what was written before any request uses it, so `proven` holds from
+    the start. An engine whose process died is poisoned.
+    """
+
+    kind = "vllm"
+    proven = True
+
+    def __init__(self, spec: MultiLoraSpec, initial: Mixture) -> None:
+        """Start vLLM on the base, and apply `initial`.
+
+        Raises ConfigError for a mixture that is not over the family's experts, EngineError with vLLM's own reason
+        when it does not start; no process is then left.
+        """
+        self._family, self._in_flight = spec.family, spec.in_flight
+        self._loaded: OrderedDict[Mixture, _Loaded] = OrderedDict()  # the one used last is at the end
+        self._count = 0
+        self._mixture = initial
+        self._directory = Path(tempfile.mkdtemp(prefix="mergemix-adapters-"))
+        self._process: EngineProcess | None = None
+        try:
+            self._process = LoraProcess(EngineLog(spec.log))
+            started = self._process.call("start", multi_lora_args(spec, initial))
+            self.apply(initial)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, MergeMixError) and not isinstance(error, ConfigError):
+                raise EngineError(f"vLLM did not start: {error}") from error
+            raise
+        self.version: str = started["version"]
+        self.max_model_len: int = started["max_model_len"]
+
+    def apply(self, mixture: Mixture) -> Swap:
+        """Let `submit` answer as `mixture`; what others are answered with stays as it is.
+
+        Raises ConfigError as Family.terms and for a mixture that no adapter can hold; EngineError when vLLM would
+        not apply the adapter as it was written: it is then not used.
+        """
+        begin = time.perf_counter()
+        nbytes = self._load(mixture)
+        self._mixture = mixture
+        self._trim()
+        return Swap(time.perf_counter() - begin, nbytes)
+
+    def submit(self, requests: Sequence[Request]) -> list[Output]:
+        [outputs] = self.submit_each([self._mixture], requests)
+        return outputs
+
+    def submit_each(self, mixtures: Sequence[Mixture], requests: Sequence[Request]) -> list[list[Output]]:
+        """Every mixture's answers to all of the requests, as one batch; outputs by mixture, then by request."""
+        process = self._usable_process()
+        for mixture in mixtures:
+            self._load(mixture)
+        held = [self._loaded[mixture].reference for mixture in mixtures for _ in requests]
+        outputs: list[Output] = (
+            self._call(process, "submit_with", [*requests] * len(mixtures), held) if held else []
+        )
+        self._trim()
+        count = len(requests)
+        return [outputs[index * count : (index + 1) * count] for index in range(len(mixtures))]
+
+    def close(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.stop()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _load(self, mixture: Mixture) -> int:
+        """Have vLLM hold the mixture's adapter; the bytes written for it, 0 where it held it already."""
+        process = self._usable_process()
+        if mixture in self._loaded:
+            self._loaded.move_to_end(mixture)
+            return 0
+        self._count += 1
+        number = self._count
+        directory = self._directory / f"mixture-{number}"
+        written = adapters.write_mixture(self._family, mixture, directory)
+        problems = self._call(process, "add_adapter", number, str(directory))
+        if problems:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise EngineError(
+                f"vLLM does not apply the adapter of {mixture} as it is: {'; '.join(problems[:3])}"
+            )
+        self._loaded[mixture] = _Loaded(number, directory)
+        return written.nbytes
+
+    def _trim(self) -> None:
+        """Forget the adapters that were not used for longest, down to `in_flight`; the current one stays."""
+        self._loaded.move_to_end(self._mixture)
+        while len(self._loaded) > self._in_flight:
+            _, oldest = self._loaded.popitem(last=False)
+            self._call(self._usable_process(), "remove_adapter", oldest.number)
+            shutil.rmtree(oldest.directory, ignore_errors=True)
+
+    def _call(self, process: EngineProcess, method: str, *arguments: object) -> Any:
+        try:
+            return process.call(method, *arguments)
+        except PoisonedEngineError:
+            self.poisoned = True
+            raise
+
+    def _usable_process(self) -> EngineProcess:
+        if self.poisoned:
+            raise PoisonedEngineError("vLLM died: this engine must be rebuilt")
+        if self._process is None:
+            raise EngineError("this engine is closed")
+        return self._process
+
+
+def multi_lora_args(spec: MultiLoraSpec, initial: Mixture) -> dict[str, Any]:
+    """vLLM's EngineArgs: the base as vLLM itself loads it, with room for adapters in the modules that have any."""
+    swapping = ("load_format", "model_loader_extra_config")
+    rank = adapters.total_rank(spec.family)
+    return {
+        **{key: value for key, value in engine_args(spec, initial).items() if key not in swapping},
+        "worker_extension_cls": WORKER_EXTENSION,
+        "enable_lora": True,
+        "max_loras": spec.in_flight,
+        "max_lora_rank": adapters.max_lora_rank(rank),
+        "lora_target_modules": adapters.target_modules(spec.family),
+        **spec.options,
+    }
