@@ -36,9 +36,17 @@ bench: setup
 		--out $(RESULTS)/bench_merge_disk.json
 	$(BIN)/python -m benchmarks.bench_memory $(DISK_BENCH) --out $(RESULTS)/bench_memory.json
 	$(BIN)/python -m benchmarks.bench_lora $(DISK_BENCH) --out $(RESULTS)/bench_lora.json
+	$(BIN)/python -m benchmarks.bench_swap $(DISK_BENCH) $(if $(MERGEKIT),--mergekit $(MERGEKIT)) \
+		--out $(RESULTS)/bench_swap.json
 
 bench-gpu: setup
-	$(BIN)/python -m benchmarks.bench_kernel --device cuda --out benchmarks/results/bench_kernel-gpu.json
+	$(BIN)/python -m benchmarks.bench_kernel --device cuda --out $(RESULTS)/bench_kernel-gpu.json
+	$(BIN)/python -m benchmarks.bench_swap --device cuda --sparse --shape 16gb --device-cache 70 --host-cache 0 \
+		--out $(RESULTS)/bench_swap-gpu-resident.json
+	$(BIN)/python -m benchmarks.bench_swap --device cuda --sparse --shape 16gb --experts 6 --host-cache 100 \
+		--out $(RESULTS)/bench_swap-gpu-host.json
+	$(BIN)/python -m benchmarks.bench_swap --device cuda --sparse --shape moe-16b --experts 2 --device-cache 66 \
+		--host-cache 0 --out $(RESULTS)/bench_swap-gpu-moe.json
 
 clean:
 	rm -rf $(VENV) mergemix-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

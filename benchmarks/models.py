@@ -124,13 +124,14 @@ class MoeShape(Shape):
 
 
 SHAPES = {
+    "tiny": Shape(64, 160, 8, 2, 2, 32, 512),  # 0.9 MB; the smallest heads that vLLM serves on a CPU
     "test": Shape(64, 160, 2, 4, 2, 16, 512),  # 0.26 MB
     "small": Shape(1024, 4096, 8, 16, 4, 64, 32000),  # 0.3 GB
     "1gb": Shape(2048, 8192, 7, 32, 8, 64, 32000),  # Llama 3.2 1B's layers, fewer of them: 0.98 GB
     "1b": Shape(2048, 8192, 16, 32, 8, 64, 32000),  # Llama 3.2 1B with a smaller vocabulary: 2.08 GB
     "4gb": Shape(2048, 8192, 32, 32, 8, 64, 32000),  # the same, twice the layers: 4.0 GB
     "16gb": Shape(4096, 14336, 32, 32, 8, 128, 128256, tied=False),  # Llama 3.1 8B: 16.1 GB
-    "test-moe": MoeShape(64, 32, 2, 4, 2, 16, 512, experts=8, active=2),
+    "tiny-moe": MoeShape(64, 32, 2, 2, 2, 32, 512, experts=8, active=2),
     "moe-16b": MoeShape(2048, 1408, 27, 16, 4, 128, 126464, tied=False),  # 16.0B parameters, 32 GB
 }
 

@@ -1,6 +1,7 @@
 """The ways of a candidate over the disk: a merge and a new engine, or a merge and vLLM's reload."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from benchmarks.swap_live import CACHED_FILES, COLD, WARM, Job, Timed
 from benchmarks.swap_ways import MAX_MODEL_LEN
 from mergemix.demo.tokenizer import build_tokenizer
 from mergemix.mixture import Mixture
+from mergemix.serve.vllm_engine import CHILD_ENVIRONMENT
 
 PEER, RELOAD = "mergekit to disk, new engine", "mergemix merge to disk, vLLM's reload"
 
@@ -30,6 +32,7 @@ class PlainEngine:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
+                env={**CHILD_ENVIRONMENT, **os.environ},
                 text=True,
             )
         self.answers = tuple(self._read(log)["answers"])

@@ -109,7 +109,7 @@ def one_group(job: Job, start: Mixture, count: int) -> list[Mixture]:
     plain = tuple(LayerGroup(patterns, start.weights) for patterns in groups)
     changed = [
         (*plain[:chosen], replace(plain[chosen], weights=mixture.weights), *plain[chosen + 1 :])
-        for mixture in job.mixtures(count)
+        for mixture in job.mixtures(count + 1)[1:]  # the first one is where the whole model starts
     ]
     return [Mixture(start.names, start.weights, each) for each in (plain, *changed)]
 

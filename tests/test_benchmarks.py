@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from benchmarks import bench_lora, bench_memory, bench_merge_disk
+from benchmarks import bench_lora, bench_memory, bench_merge_disk, bench_swap, swap_disk, swap_live
 from benchmarks.children import BenchmarkError, added, in_turn, run_child
 from benchmarks.merges import BF16_ROUNDOFF, differing_tensors, uneven_weights, verdict
 from benchmarks.models import HEAD_BYTES, SHAPES, Shape, weight_files, write_adapter, write_model
@@ -31,6 +31,7 @@ from benchmarks.storage import (
     scratch_directory,
     storage_conditions,
 )
+from benchmarks.swap_live import Timed
 from mergemix.checkpoints.checkpoint import open_checkpoint
 from mergemix_kernels import reference
 
@@ -319,3 +320,64 @@ def test_verdicts() -> None:
     assert verdict("x", 9.9, 10, at_least=True)["met"] is False
     assert verdict("x", 600.1, 600, at_least=False)["met"] is False
     assert verdict("x", None, 600, at_least=False)["met"] is None
+
+
+def timed(seconds: float, *, answers: tuple[float, ...] = (-1.0,), nbytes: int = 0) -> Timed:
+    return Timed(
+        seconds, answers, swap_s=seconds, process_s=seconds / 2, bytes_read=4 * nbytes, bytes_written=nbytes
+    )
+
+
+def test_bars_of_a_swap_are_for_models_whose_bytes_count() -> None:
+    found = {
+        swap_disk.PEER: [timed(40.0), timed(60.0)],
+        swap_disk.RELOAD: [timed(9.0), timed(9.0)],
+        swap_live.WARM: [timed(2.0, nbytes=10**9), timed(3.0, nbytes=10**9)],
+        swap_live.ONE_GROUP: [timed(0.5, nbytes=10**8), timed(0.5, nbytes=10**8)],
+    }
+    rows, verdicts = bench_swap.verdicts_of("1b", found, rate=10e9)
+    assert [(row["measured"], row["met"]) for row in verdicts] == [(20.0, True), (2.5, False), (0.1, True)]
+    assert [row["median"] for row in rows] == [20.0, 3.75, 2.5]
+    assert bench_swap.verdicts_of("tiny", found, rate=10e9) == (
+        [{**row, "case": "tiny"} for row in rows],
+        [],
+    )
+    del found[swap_disk.PEER]
+    _, verdicts = bench_swap.verdicts_of("1b", found, rate=10e9)
+    assert verdicts[0]["measured"] is verdicts[0]["met"] is None
+
+
+def test_one_layer_group_changes_at_a_time(tmp_path: Path) -> None:
+    family = swap_live.prepare(tmp_path, SHAPES["tiny"], 2, sparse=True)
+    job = swap_live.Job(tmp_path, SHAPES["tiny"], family, None, 3, 0, 0)
+    start, *changed = swap_live.one_group(job, job.mixtures(1)[0], 3)
+    assert len(start.groups) == len(changed[0].groups) == swap_live.LAYER_GROUPS
+    for mixture in changed:
+        assert [a != b for a, b in zip(start.groups, mixture.groups, strict=True)] == [
+            number == swap_live.LAYER_GROUPS // 2 for number in range(swap_live.LAYER_GROUPS)
+        ]
+    assert len(set(changed)) == 3
+
+
+def test_live_answers_that_differ_end_the_swap_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swap_disk, "truths", lambda job, mixtures: [(-1.0, -2.0)])
+    family = swap_live.prepare(tmp_path, SHAPES["tiny"], 2, sparse=True)
+    job = swap_live.Job(tmp_path, SHAPES["tiny"], family, None, 1, 0, 0)
+    ways = (swap_live.COLD, swap_live.CACHED_FILES, swap_live.WARM)
+    found = {way: [timed(1.0, answers=(-1.0, -2.0))] for way in ways}
+    swap_disk.check_answers(job, found)
+    found[swap_live.WARM] = [timed(1.0, answers=(-1.0, -2.5))]
+    with pytest.raises(BenchmarkError, match="delta cache: answers"):
+        swap_disk.check_answers(job, found)
+
+
+def test_without_a_gpu_the_swap_benchmark_says_that_nothing_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    out = tmp_path / "swap.json"
+    assert bench_swap.main(["--device", "cuda", "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["conditions"]["measured"] is False
+    assert "nothing was measured" in capsys.readouterr().err
