@@ -110,6 +110,12 @@ def resumable(study: Path) -> Iterator[None]:
     type=click.Choice(VERIFICATIONS),
     help="Which swaps are compared with the reference; first is the self-test at start. Default: first.",
 )
+@click.option(
+    "--lora-in-flight",
+    type=int,
+    help="Mixtures that vLLM's multi-LoRA answers at once, of LoRA adapters alone. Default: 0, which folds adapters "
+    "into the weights.",
+)
 @click.option("--config", type=click.Path(path_type=Path), help="The same options from a YAML file.")
 @common
 def run(*, console: Console, config: Path | None, **options: Any) -> tuple[dict[str, Any], Any]:

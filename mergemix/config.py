@@ -14,6 +14,9 @@ from mergemix.units import parse_size
 SEARCHES = ("cma", "random", "grid")
 ENGINES = ("auto", "vllm", "hf")
 TEXTS = ("base", "study", "search", "engine", "utility", "normalize", "layer_groups", "verify_swaps")
+WHOLE_NUMBERS = (
+    "budget", "seed", "max_model_len", "tensor_parallel", "device_cache", "host_cache", "lora_in_flight",
+)  # fmt: skip
 RESERVED = ("base", "uniform", "best")
 NORMALIZATIONS = ("raw", "base", "minmax", "zscore")
 VERIFICATIONS = ("first", "every", "never")
@@ -54,6 +57,8 @@ class RunConfig:
     """Bytes of shared host memory that do so, after the device's."""
     verify_swaps: str = "first"
     """What is compared with the reference: the swaps of the self-test at start (first), every swap, or never any."""
+    lora_in_flight: int = 0
+    """Mixtures of LoRA adapters that the vllm engine answers at once; 0 folds adapters into the weights."""
 
     def __post_init__(self) -> None:
         if len(self.experts) < 2:
@@ -80,6 +85,7 @@ class RunConfig:
             ("tensor_parallel", 1),
             ("device_cache", 0),
             ("host_cache", 0),
+            ("lora_in_flight", 0),
         ):
             value = getattr(self, key)
             if value is not None and value < least:
@@ -130,7 +136,7 @@ def load_config_file(path: Path) -> dict[str, Any]:
             given[key] = nbytes
     if isinstance(given.get("layer_groups"), int) and not isinstance(given["layer_groups"], bool):
         given["layer_groups"] = str(given["layer_groups"])
-    for key in ("budget", "seed", "max_model_len", "tensor_parallel", "device_cache", "host_cache"):
+    for key in WHOLE_NUMBERS:
         if key in given and (not isinstance(given[key], int) or isinstance(given[key], bool)):
             raise ConfigError(f"{path}: {key} must be a whole number, but is {given[key]!r}")
     for key in TEXTS:

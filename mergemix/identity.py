@@ -33,6 +33,7 @@ def identify(config: RunConfig, family: Family, suite: Suite, search: Search, en
         "engine": engine,
         "max_model_len": config.max_model_len,
         "tensor_parallel": config.tensor_parallel,
+        "lora_in_flight": config.lora_in_flight > 0,
         "utility": config.utility,
         "normalize": config.normalize,
         **search.identity,

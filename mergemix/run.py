@@ -104,6 +104,7 @@ def _engine_spec(config: RunConfig, family: Family, kind: Literal["vllm", "hf"])
         device_cache=config.device_cache,
         host_cache=config.host_cache,
         verify_swaps=config.verify_swaps,
+        lora_in_flight=config.lora_in_flight,
         log=config.study / "engine.log",
     )
 

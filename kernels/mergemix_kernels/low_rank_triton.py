@@ -146,8 +146,9 @@ class GroupedSums:
             rows.append(_row(group, right, sum(tiles)))
             tiles.append(-(-group.shape[0] // tile[0]) * -(-group.shape[1] // tile[1]))
         self._tiles = sum(tiles)
-        self._table = _upload(torch.tensor(rows, dtype=torch.int64), self._device)
-        tile_group = torch.arange(len(groups), dtype=torch.int32).repeat_interleave(torch.tensor(tiles))
+        self._table = _upload(torch.tensor(rows, dtype=torch.int64, device="cpu"), self._device)
+        numbers = torch.arange(len(groups), dtype=torch.int32, device="cpu")
+        tile_group = numbers.repeat_interleave(torch.tensor(tiles, device="cpu"))
         self._tile_group = _upload(tile_group, self._device)
 
     def __call__(self, weights: Sequence[float], scales: Sequence[torch.Tensor]) -> None:
@@ -176,7 +177,7 @@ def make_ranks(scales: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tens
     """The kernel's `starts` and `ranks`, on the CPU; ranks has a row at least, so that it has an address."""
     found = [of_group.nonzero().flatten() for of_group in scales]
     starts = np.cumsum([0, *(len(each) for each in found)], dtype=np.int32)
-    ranks = torch.zeros(max(int(starts[-1]), 1), 2, dtype=torch.int32)
+    ranks = torch.zeros(max(int(starts[-1]), 1), 2, dtype=torch.int32, device="cpu")
     for begin, active, of_group in zip(starts.tolist(), found, scales, strict=False):
         part = slice(begin, begin + len(active))
         ranks[part, 0] = active.to(torch.int32)

@@ -66,7 +66,7 @@ class CudaLanes:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def pinned(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def run(self, lane: str, work: Callable[[], None]) -> None:
         with torch.cuda.stream(self._stream(lane)):

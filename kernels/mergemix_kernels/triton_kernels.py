@@ -198,16 +198,19 @@ class GroupedWeightedSum:
         self._device = outs[0].device
         self._groups = groups  # their storage must outlive the addresses
         self._tiling = tiling or tiling_of(self._device, self._outputs)
-        counts = torch.tensor([outs[0].numel() for _, outs in groups])
-        sizes = torch.tensor([self._tiling.elements * 2 // outs[0].element_size() for _, outs in groups])
+        # On the CPU, also where the caller has made the GPU torch's default device.
+        counts = torch.tensor([outs[0].numel() for _, outs in groups], device="cpu")
+        itemsizes = torch.tensor([outs[0].element_size() for _, outs in groups], device="cpu")
+        sizes = self._tiling.elements * 2 // itemsizes
         tiles = (counts + sizes - 1) // sizes
         self._tiles = int(tiles.sum())
         rows = [
             _row((*outs, *sources), first_tile)
             for (sources, outs), first_tile in zip(groups, (tiles.cumsum(0) - tiles).tolist(), strict=True)
         ]
-        self._table = _upload(torch.tensor(rows, dtype=torch.int64), self._device)
-        tile_group = torch.arange(len(groups), dtype=torch.int32).repeat_interleave(tiles)
+        self._table = _upload(torch.tensor(rows, dtype=torch.int64, device="cpu"), self._device)
+        numbers = torch.arange(len(groups), dtype=torch.int32, device="cpu")
+        tile_group = numbers.repeat_interleave(tiles)
         self._tile_group = _upload(tile_group, self._device)
 
     def __call__(self, weights: Sequence[Sequence[float]]) -> None:

@@ -67,38 +67,57 @@ class Family:
         in the base: its coefficient is 1 - the sum of the others' weights (exactly 0, unless that is beyond
         rounding). Raises ConfigError as `coefficients`.
         """
-        self._check_names(mixture)
+        self.check_names(mixture)
         mixture = mixture.at(name)
-        whole: list[tuple[TensorInfo, float]] = []
-        dense, low_rank = [], []
-        for position, (expert, weight) in enumerate(
-            zip(self.experts, mixture.weights, strict=True), start=int(self.base is not None)
-        ):
-            tensor = expert.tensors.get(name)
-            if tensor is not None:
-                whole.append((tensor, weight))
-                dense.append((position, tensor, _fp32(expert.name, weight)))
-            if isinstance(expert, Adapter) and (delta := expert.deltas.get(name)):
-                low_rank.append((position, delta, _fp32(expert.name, weight * delta.scale)))
-        rest = self._base_share([weight for _, weight in whole])
-        if self.base is not None:
-            dense.insert(0, (0, self.base.tensors[name], rest))
+        holders = self.holders(name)
+        coefficients = self.coefficients(mixture, holders)
+        dense = (
+            (position, self.members[position].tensors[name], coefficients[position]) for position in holders
+        )
+        low_rank = (
+            (position, delta, self.low_rank_scale(position, delta.scale, mixture))
+            for position, delta in self.deltas(name)
+        )
         return Terms(
             tuple(operand for operand in dense if operand[2] != 0.0),
             tuple(term for term in low_rank if term[2] != 0.0),
         )
 
-    def coefficients(self, mixture: Mixture) -> list[float]:
+    def holders(self, name: str) -> tuple[int, ...]:
+        """Positions in `members` of those that have tensor `name` as a whole: all but adapters that do not bring it."""
+        return tuple(position for position, member in enumerate(self.members) if name in member.tensors)
+
+    def deltas(self, name: str) -> list[tuple[int, LowRankDelta]]:
+        """What adapters add to tensor `name`, each with the position of its owner in `members`."""
+        return [
+            (position, member.deltas[name])
+            for position, member in enumerate(self.members)
+            if isinstance(member, Adapter) and name in member.deltas
+        ]
+
+    def coefficients(self, mixture: Mixture, holders: Sequence[int] | None = None) -> list[float]:
         """The coefficient of each of `members` as kernels use it, rounded to fp32; 0.0: it is not read.
 
-        Of a family of whole checkpoints and a mixture without groups: else `terms` differ between tensors.
+        mixture: without groups. holders: of the tensor, who has it as a whole (see `holders`); by default all. Of the
+        others the coefficient is 0.0, and the base has their weights.
         Raises ConfigError when the mixture is not over the experts, a coefficient is beyond fp32, or the weights
         need a base that is not there.
         """
-        self._check_names(mixture)
-        weights = [_fp32(name, weight) for name, weight in mixture.as_dict().items()]
-        rest = self._base_share(mixture.weights)
-        return weights if self.base is None else [rest, *weights]
+        self.check_names(mixture)
+        first = len(self.members) - len(self.experts)
+        whole = [holders is None or position in holders for position in range(first, len(self.members))]
+        weights = [weight * held for weight, held in zip(mixture.weights, whole, strict=True)]
+        rounded = [_fp32(name, weight) for name, weight in zip(mixture.names, weights, strict=True)]
+        rest = self._base_share(weights)
+        return rounded if self.base is None else [rest, *rounded]
+
+    def low_rank_scale(self, position: int, scale: float, mixture: Mixture) -> float:
+        """What a factor product of the adapter at `position` in `members` is multiplied with, rounded to fp32.
+
+        scale: of the delta. mixture: without groups. Raises ConfigError when it is beyond fp32.
+        """
+        expert = position - (len(self.members) - len(self.experts))
+        return _fp32(self.names[expert], mixture.weights[expert] * scale)
 
     def check_groups(self, mixture: Mixture) -> None:
         """Raise ConfigError for a layer group with a pattern that no tensor's name matches."""
@@ -110,7 +129,8 @@ class Family:
                     f"none of {len(names)}; the first is called {shown(next(iter(names)))}"
                 )
 
-    def _check_names(self, mixture: Mixture) -> None:
+    def check_names(self, mixture: Mixture) -> None:
+        """Raise ConfigError for a mixture that is not over the experts."""
         if mixture.names != self.names:
             raise ConfigError(
                 f"the mixture is over {', '.join(mixture.names)}, but the experts are {', '.join(self.names)}"
@@ -161,6 +181,11 @@ def open_family(base: str | None, experts: Mapping[str, str], *, download: bool 
     return _fitted(family)
 
 
+def is_adapter_source(name: str, source: str) -> bool:
+    """Whether an expert, given as for `open_family`, is a LoRA adapter. Raises as it does, and downloads as it does."""
+    return is_adapter(locate(name, source).root)
+
+
 def _open_expert(name: str, source: str, download: bool) -> Checkpoint | Adapter:
     location = locate(name, source, download=download)
     if is_adapter(location.root):
@@ -177,7 +202,7 @@ def _fitted(family: Family) -> Family:
     if base is None:
         raise ConfigError(
             f"{adapters[0].name} ({adapters[0].source}) is a LoRA adapter, which says only what it changes in its "
-            "base: merge it with `mergemix merge` and --base, the model that it was trained on"
+            "base: give the base, too (--base), the model that it was trained on"
         )
     experts = (fit_adapter(each, base) if isinstance(each, Adapter) else each for each in family.experts)
     return replace(family, experts=tuple(experts))

@@ -156,8 +156,12 @@ def _moved(done: Sequence[CandidateRecord]) -> dict[str, Any]:
 
 
 def _costs(evidence: Evidence) -> dict[str, Any]:
-    """Swaps, items and median seconds a candidate, of everything the study paid for, repeats included."""
+    """Swaps, items and median seconds a candidate, of everything the study paid for, repeats included.
+
+    unproven: candidates whose engine's swaps were not proven; fresh_starts: those of them that no swap gave.
+    """
     done = [record for record in evidence.study.candidates() if record.done]
+    unproven = [record for record in done if not record.proven]
 
     def median(stage: str) -> float:
         return statistics.median(record.timings[stage] for record in done)
@@ -165,7 +169,9 @@ def _costs(evidence: Evidence) -> dict[str, Any]:
     return {
         "swaps": {
             "count": len(done),
-            "proven": all(record.proven for record in done),
+            "proven": not unproven,
+            "unproven": len(unproven),
+            "fresh_starts": sum(not record.swap.get("destinations") for record in unproven),
             "median_s": median("swap_s"),
             **_moved(done),
         },

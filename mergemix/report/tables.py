@@ -133,13 +133,26 @@ def _shares_and_groups(mixture: Mapping[str, Any]) -> str:
 def _costs(summary: Mapping[str, Any]) -> list[str]:
     swaps = summary["swaps"]
     reasons = "; ".join(summary["stopped"].values())
-    proof = "proven" if swaps["proven"] else "NOT proven: every candidate was a fresh start"
     return [
         f"{summary['candidates']} candidates ({summary['failed']} failed), stopped: {reasons}.",
-        f"Engine {summary['engine']}: {swaps['count']} swaps ({proof}), "
+        f"Engine {summary['engine']}: {swaps['count']} swaps ({_proof(swaps)}), "
         f"median swap {swaps['median_s']:.3f} s, generation {summary['generation_median_s']:.2f} s, "
         f"everything beyond generation {summary['overhead_median_s']:.3f} s a candidate.",
     ]
+
+
+def _proof(swaps: Mapping[str, Any]) -> str:
+    """How far the scores are known to be of the right weights."""
+    kinds = {
+        "a fresh start": swaps["fresh_starts"],
+        "swapped without verification": swaps["unproven"] - swaps["fresh_starts"],
+    }
+    parts = [(count, kind) for kind, count in kinds.items() if count]
+    if not parts:
+        return "proven"
+    if parts[0][0] == swaps["count"]:
+        return f"NOT proven: every candidate was {parts[0][1]}"
+    return f"NOT all proven: {' and '.join(f'{count} {kind}' for count, kind in parts)}"
 
 
 def items_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:

@@ -1,8 +1,8 @@
-"""From a mixture to one fp32 coefficient per operand and tensor. Needs no torch."""
+"""Which tensors of a family get which weights of a mixture. Needs no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from mergemix.checkpoints.checkpoint import Checkpoint
@@ -11,23 +11,6 @@ from mergemix.errors import ConfigError
 from mergemix.mixture import Mixture
 
 NO_GROUP = -1  # a tensor that has the mixture's own weights
-
-
-def operands(family: Family) -> tuple[Checkpoint, ...]:
-    """Who is summed, in the order of summation: the base where there is one, then the experts.
-
-    Raises ConfigError for an expert that is a LoRA adapter.
-    """
-    whole = tuple(member for member in family.members if isinstance(member, Checkpoint))
-    if len(whole) < len(family.members):
-        adapter = next(each for each in family.experts if not isinstance(each, Checkpoint))
-        base = "BASE" if family.base is None else family.base.source
-        raise ConfigError(
-            f"LoRA adapters cannot be served live yet, and {adapter.name} ({adapter.source}) is one: write each such "
-            f"expert with `mergemix merge --base {base} --experts {adapter.name}={adapter.source} "
-            f"--weights {adapter.name}=1 --out DIR` and give DIR"
-        )
-    return whole
 
 
 def group_patterns(mixture: Mixture) -> tuple[tuple[str, ...], ...]:
@@ -55,21 +38,34 @@ def tensor_groups(patterns: Sequence[Sequence[str]], tensors: Sequence[str]) -> 
     return found
 
 
-def group_coefficients(
-    family: Family, mixture: Mixture, groups: Sequence[int]
-) -> dict[int, tuple[float, ...]]:
-    """The fp32 coefficients of `operands(family)` by group, of each that is in `groups`; 0.0: it is not read.
+def group_mixtures(family: Family, mixture: Mixture, groups: Sequence[int]) -> dict[int, Mixture]:
+    """The weights of each group that is in `groups`, as a mixture without groups.
 
-    Raises ConfigError when the mixture is not over the family's experts, or needs a base that is not there.
+    Raises ConfigError when the mixture is not over the family's experts.
     """
+    family.check_names(mixture)
     weights = {number: group.weights for number, group in enumerate(mixture.groups)}
     weights[NO_GROUP] = mixture.weights
-    return {
-        number: tuple(family.coefficients(Mixture(mixture.names, weights[number]))) for number in set(groups)
-    }
+    return {number: Mixture(mixture.names, weights[number]) for number in set(groups)}
 
 
 def check_mixture(family: Family, mixture: Mixture) -> None:
     """Raise ConfigError for a mixture that the family cannot give."""
-    names = list(family.template.tensors)
-    group_coefficients(family, mixture, tensor_groups(group_patterns(mixture), names))
+    groups = tensor_groups(group_patterns(mixture), list(family.template.tensors))
+    check_weights(family, group_mixtures(family, mixture, groups), groups)
+
+
+def check_weights(family: Family, mixtures: Mapping[int, Mixture], groups: Sequence[int]) -> None:
+    """Raise ConfigError for weights that the family cannot give. mixtures: by group. groups: of each tensor."""
+    if all(isinstance(expert, Checkpoint) for expert in family.experts):
+        for each in mixtures.values():
+            family.coefficients(each)
+        return
+    tensors = list(zip(family.template.tensors, groups, strict=True))
+    for group, holders in {(group, family.holders(name)) for name, group in tensors}:
+        family.coefficients(mixtures[group], holders)
+    scales = {
+        (group, position, delta.scale) for name, group in tensors for position, delta in family.deltas(name)
+    }
+    for group, position, scale in scales:
+        family.low_rank_scale(position, scale, mixtures[group])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
 
 import numpy as np
 import torch
 
-from mergemix.serve.copies import Copy, memory_order, used_operands
+from mergemix.serve.copies import Copy, Numbers, memory_order, used_operands
 from mergemix.serve.view_reader import ViewReader, as_array
 from mergemix_kernels import cpu
 from mergemix_kernels.dispatch import DTYPE_NAMES, pieces
@@ -36,11 +36,23 @@ class Slot:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sum:
-    """A destination to be written: weights, one per operand; slots by operand, of those that have one."""
+    """A destination to be written with these numbers. slots: by operand, of those that have one."""
 
     copy: Copy
-    weights: tuple[float, ...]
+    numbers: Numbers
     slots: dict[int, Slot]
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return self.numbers.weights
+
+    def low_rank(self) -> cpu.LowRank | None:
+        """What adapters add to it."""
+        if self.copy.folded is None or not self.numbers.scales:
+            return None
+        factors = self.copy.folded.factors
+        scales = factors.scales(self.numbers.scales)
+        return cpu.LowRank(factors.left.numpy(), factors.right.numpy(), scales[None].numpy(), 0)
 
     def source(self, k: int) -> int:
         """The first operand that is equal to operand k."""
@@ -49,12 +61,13 @@ class Sum:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """A piece of a destination; view, target and slots have one shape."""
+    """A piece of a destination; view, target and slots have one shape. low_rank: what adapters add to it."""
 
     sum: Sum
     view: torch.Tensor
     target: torch.Tensor
     slots: dict[int, Slot]
+    low_rank: cpu.LowRank | None
 
 
 class CpuSums:
@@ -161,7 +174,7 @@ class CpuSums:
                 return None
             data.append(as_array(elements).view(cpu.numpy_dtype(dtype)))
         out = as_array(copy.destination.reshape(-1)).view(cpu.numpy_dtype(dtype))
-        finite = totals(data, [out], dtype)
+        finite = totals(data, [out], dtype, low_rank=each.low_rank())
         self._release(borrowed)
         return finite
 
@@ -171,7 +184,8 @@ class CpuSums:
         used = used_operands(each.weights)
         sources = list(dict.fromkeys(each.source(k) for k in used))
         floating, same = each.copy.is_floating, target.dtype == view.dtype
-        if len(used) == 1 and same and sources[0] not in part.slots and not (check and floating):
+        is_copy = len(used) == 1 and part.low_rank is None
+        if is_copy and same and sources[0] not in part.slots and not (check and floating):
             self._reader.read(each.copy.origin.tensors[sources[0]], view, target)
             return True
         *buffers, result = self._buffers(len(sources) + 1, view.numel(), view.dtype)
@@ -187,7 +201,13 @@ class CpuSums:
         dtype = DTYPE_NAMES[view.dtype]
         kind = cpu.numpy_dtype(dtype)
         arrays = {k: as_array(tensor).view(kind) for k, tensor in data.items()}
-        finite = totals([arrays[each.source(k)] for k in used], [as_array(out).view(kind)], dtype, threads=1)
+        finite = totals(
+            [arrays[each.source(k)] for k in used],
+            [as_array(out).view(kind)],
+            dtype,
+            low_rank=part.low_rank,
+            threads=1,
+        )
         self._release(borrowed)
         if out is result and same:
             np.copyto(as_array(target), as_array(out.view(view.shape)))
@@ -234,16 +254,25 @@ class CpuSums:
 
 
 def _parts(each: Sum) -> Iterator[_Part]:
-    """Pieces of a destination, cut so that they are near each other where they are read from."""
+    """Pieces of a destination, cut so that they are near each other where they are read from.
+
+    With factors each is a range of elements of the matrix that the destination is (see Copy).
+    """
     sources = {each.source(k) for k in used_operands(each.weights)}
     slots = {k: each.slots[k] for k in sources if k in each.slots}
     in_memory = len(slots) == len(sources) and all(slot.filled for slot in slots.values())
+    low_rank = each.low_rank()
     order = memory_order(each.copy.destination if in_memory else each.copy.view)
+    if low_rank is not None:
+        order = [*range(each.copy.view.dim())]
     tensors = [each.copy.view, each.copy.destination, *(slot.tensor for slot in slots.values())]
     if each.copy.view.numel() == 0:
         return
     nbytes = min(PIECE_BYTES, BUFFER_BYTES // (len(sources) + 1))
     limit = max(nbytes // each.copy.view.element_size(), 1)
+    begin = 0
     for view, target, *parts in pieces([tensor.permute(order) for tensor in tensors], limit):
         kept = {k: Slot(part, slot.filled) for (k, slot), part in zip(slots.items(), parts, strict=True)}
-        yield _Part(each, view, target, kept)
+        part = None if low_rank is None else replace(low_rank, first=begin)
+        yield _Part(each, view, target, kept, part)
+        begin += view.numel()

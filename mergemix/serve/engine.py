@@ -11,7 +11,6 @@ from typing import Literal
 from mergemix.checkpoints.family import Family
 from mergemix.errors import ConfigError
 from mergemix.mixture import Mixture
-from mergemix.serve.coefficients import operands
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,9 @@ class EngineSpec:
     device_cache, host_cache: bytes of operands that vLLM keeps for later swaps, in the memory of its devices and in
     memory that all engines of the machine share. verify_swaps: what is compared with the reference, "first" the
     swaps of the self-test at start, "every" also each later one, "never" none: the engine is then not `proven`.
-    Raises ConfigError for an expert that is a LoRA adapter, and for a value that is out of range.
+    lora_in_flight: 0 folds LoRA adapters among the experts into the weights. N >= 1 serves N mixtures at once, beside
+    the base, through vLLM's multi-LoRA: then all experts must be adapters of low-rank factors only.
+    Raises ConfigError for a value that is out of range, or that does not go with the family or another value.
     """
 
     family: Family
@@ -95,15 +96,38 @@ class EngineSpec:
     device_cache: int = 0
     host_cache: int = 0
     verify_swaps: str = "first"
+    lora_in_flight: int = 0
 
     def __post_init__(self) -> None:
-        operands(self.family)  # refuses, before anything is started, what cannot be served
         check_cache_bytes("device_cache", self.device_cache)
         check_cache_bytes("host_cache", self.host_cache)
         if self.verify_swaps not in VERIFY_SWAPS:
             raise ConfigError(
                 f"verify_swaps must be one of {', '.join(VERIFY_SWAPS)}, but is {self.verify_swaps!r}"
             )
+        if self.lora_in_flight < 0:
+            raise ConfigError(
+                "lora_in_flight must be at least 1, or 0 to fold adapters into the weights, but is "
+                f"{self.lora_in_flight}"
+            )
+        if self.lora_in_flight:
+            self._check_multi_lora()
+
+    def _check_multi_lora(self) -> None:
+        from mergemix.serve.multi_lora_adapter import check_low_rank
+
+        if self.kind == "hf":
+            raise ConfigError(
+                f"lora_in_flight {self.lora_in_flight} needs vLLM's multi-LoRA, but the engine is hf: take --engine "
+                "vllm, or lora_in_flight 0, which folds adapters into the weights"
+            )
+        for key in ("device_cache", "host_cache"):
+            if getattr(self, key):
+                raise ConfigError(
+                    f"{key} keeps weights for swaps, and with lora_in_flight {self.lora_in_flight} there are none: "
+                    "leave one of the two out"
+                )
+        check_low_rank(self.family)
 
 
 def check_cache_bytes(name: str, value: object) -> int:

@@ -3,91 +3,140 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from mergemix.serve.copies import Copy, memory_order
-from mergemix.serve.cpu_sums import PIECE_BYTES, CpuSums
+from mergemix.checkpoints.header import TensorInfo
+from mergemix.serve.copies import Copy, Numbers, memory_order
+from mergemix.serve.cpu_sums import CpuSums
+from mergemix.serve.folded_sums import Placed, folded_sums
 from mergemix.serve.view_reader import ViewReader
 from mergemix_kernels.dispatch import GroupedWeightedSum, pieces, used_sources
-from mergemix_kernels.pinned import CudaLanes, Lanes, Ring, StreamedSum, Unread
+from mergemix_kernels.pinned import Ring, StreamedSum, Unread
 
 # Sets of destinations that are kept ready: those of a few structures of layer groups, each in a few tiers.
 MAX_LAUNCHES = 128
+# Of an operand, read at a time by one thread.
+READ_BYTES = 4 << 20
 
-Launch = Callable[[Sequence[Sequence[float]]], None]
+Launch = Callable[[Numbers], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Placed:
-    """A destination on a GPU. sources: one per operand, on the device, on the host or, still in its file, on "meta"."""
+class Empty:
+    """A slot of the cache, on the device or the host, that is to be filled with one operand's elements of a copy."""
 
     copy: Copy
-    sources: tuple[torch.Tensor, ...]
+    operand: int
+    slot: torch.Tensor
 
 
 class GpuSums:
     """Writes destinations that are in the memory of one GPU."""
 
-    def __init__(self, reader: ViewReader, host: CpuSums, lanes: Lanes) -> None:
-        self._reader, self._host = reader, host
-        self._ring = Ring(lanes)
-        self._lanes = lanes
+    def __init__(self, reader: ViewReader, host: CpuSums, ring: Ring) -> None:
+        self._reader, self._host, self._ring = reader, host, ring
+        self._lanes = ring.lanes
         self._launches: OrderedDict[bytes, Launch] = OrderedDict()
+        # All of it now, as the model is loaded: vLLM then measures how much of the GPU is left.
+        for slot in ring.slots:
+            _ = slot.device
 
-    @classmethod
-    def on(cls, device: torch.device, reader: ViewReader, host: CpuSums) -> GpuSums:
-        return cls(reader, host, CudaLanes(device))
-
-    def write(self, key: bytes, placed: Callable[[], Sequence[Placed]], weights: Sequence[float]) -> None:
-        """Write destinations with these weights. key: names them and where their sources are; `placed` gives them."""
-        launch = self._launches.pop(key, None) or self._launch(placed())
-        self._launches[key] = launch
+    def write(self, key: bytes, placed: Callable[[], Sequence[Placed]], numbers: Numbers) -> None:
+        """Write destinations with these numbers. key: names them and where their sources are; `placed` gives them."""
+        folds = bool(numbers.scales)
+        known = key + bytes([folds])
+        launch = self._launches.pop(known, None) or self._launch(placed(), folds)
+        self._launches[known] = launch
         if len(self._launches) > MAX_LAUNCHES:
             self._launches.popitem(last=False)
-        launch([weights])
+        launch(numbers)
 
-    def write_once(self, copy: Copy, weights: Sequence[float]) -> None:
+    def write_once(self, copy: Copy, numbers: Numbers) -> None:
         """Write one destination from the files."""
-        self._launch([Placed(copy, (copy.view,) * len(weights))])([weights])
+        placed = Placed(copy, (copy.view,) * len(numbers.weights))
+        self._launch([placed], bool(numbers.scales))(numbers)
 
-    def fill(self, copy: Copy, operand: int, slot: torch.Tensor) -> None:
-        """Read one operand into its slot, on the device or the host."""
-        tensor = copy.origin.tensors[operand]
+    def fill(self, empty: Sequence[Empty]) -> None:
+        """Read operands into their slots. Those on the device hold them when the caller's stream gets there."""
+        on_device = [each for each in empty if self._lanes.where(each.slot) == "device"]
+        if on_device:
+            groups = [((each.copy.view,), (each.slot,)) for each in on_device]
+            # A sum of one operand of weight 1 is that operand, bit for bit.
+            read = self._reads([(each.copy, each.operand) for each in on_device])
+            StreamedSum(groups, self._ring, read)([[1.0]])
+        on_host = [each for each in empty if self._lanes.where(each.slot) != "device"]
+        self._read([(each.copy.origin.tensors[each.operand], each.copy.view, each.slot) for each in on_host])
 
-        def read(part: Sequence[torch.Tensor]) -> None:
-            view, into = part
-            if into.device.type == "cpu":
-                self._reader.read(tensor, view, into)
-            else:
-                data = torch.empty(view.shape, dtype=view.dtype, device="cpu")
-                self._reader.read(tensor, view, data)
-                into.copy_(data)
+    def _launch(self, placed: Sequence[Placed], folds: bool) -> Launch:
+        """folds: with what adapters add."""
+        if folds:
+            folded = folded_sums(placed, self._read_folded)
+            return lambda numbers: self._lanes.run("caller", lambda: folded(numbers))
+        sums = self._sums(placed)
+        return lambda numbers: sums([numbers.weights])
 
-        order = memory_order(copy.view)
-        limit = max(4 * PIECE_BYTES // copy.view.element_size(), 1)
-        self._host.each(iter(pieces([copy.view.permute(order), slot.permute(order)], limit)), read)
+    def _read_folded(self, tensor: TensorInfo, view: torch.Tensor, into: torch.Tensor) -> None:
+        self._read([(tensor, view, into)])
 
-    def _launch(self, placed: Sequence[Placed]) -> Launch:
+    def _sums(self, placed: Sequence[Placed]) -> Callable[[Sequence[Sequence[float]]], None]:
+        """Sums without what adapters add."""
         if not placed[0].copy.is_floating:
             return lambda weights: self._copy(placed, weights)
         groups = [(each.sources, [each.copy.destination]) for each in placed]
         resident = all(
-            self._lanes.where(s) == "device" for each in placed for s in each.sources if not s.is_meta
+            not source.is_meta and self._lanes.where(source) == "device"
+            for each in placed
+            for source in each.sources
         )
-        if resident and all(each.copy.is_direct and not each.sources[0].is_meta for each in placed):
-            return GroupedWeightedSum(groups)
+        if resident and all(each.copy.is_direct for each in placed):
+            sums = GroupedWeightedSum(groups)
+            return lambda weights: self._lanes.run("caller", lambda: sums(weights))
 
         def read(parts: Sequence[Unread]) -> None:
-            tensors = [placed[part.group].copy.origin.tensors[part.source] for part in parts]
-            self._host.each(
-                iter(zip(tensors, parts, strict=True)),
-                lambda pair: self._reader.read(pair[0], pair[1].view, pair[1].into),
-            )
+            """Each part once: operands that are equal have it from the first of them."""
+            first: dict[tuple[object, ...], torch.Tensor] = {}
+            unread, equal = [], []
+            for part in parts:
+                origin = placed[part.group].copy.origin
+                k = origin.classes[part.source]
+                place = (part.group, k, int(part.view.storage_offset()), part.view.shape)
+                into = first.setdefault(place, part.into)
+                if into is part.into:
+                    unread.append((origin.tensors[k], part.view, into))
+                else:
+                    equal.append((part.into, into))
+            self._read(unread)
+            for into, source in equal:
+                into.copy_(source)
 
         return StreamedSum(groups, self._ring, read)
+
+    def _reads(self, sources: Sequence[tuple[Copy, int]]) -> Callable[[Sequence[Unread]], None]:
+        """Reads parts of groups of one source each."""
+
+        def read(parts: Sequence[Unread]) -> None:
+            of = [sources[part.group] for part in parts]
+            self._read(
+                [(copy.origin.tensors[k], p.view, p.into) for (copy, k), p in zip(of, parts, strict=True)]
+            )
+
+        return read
+
+    def _read(self, wanted: Sequence[tuple[TensorInfo, torch.Tensor, torch.Tensor]]) -> None:
+        """Read (tensor, which of its elements, memory of the host), on several threads when that is much."""
+
+        def cut() -> Iterator[tuple[TensorInfo, Sequence[torch.Tensor]]]:
+            for tensor, view, into in wanted:
+                order = memory_order(view)
+                limit = max(READ_BYTES // view.element_size(), 1)
+                yield from (
+                    (tensor, part) for part in pieces([view.permute(order), into.permute(order)], limit)
+                )
+
+        self._host.each(cut(), lambda part: self._reader.read(part[0], *part[1]))
 
     def _copy(self, placed: Sequence[Placed], weights: Sequence[Sequence[float]]) -> None:
         """Numbers that are not averaged: of the one operand that has a weight."""

@@ -20,8 +20,7 @@ from mergemix.merge.plan import MergePlan, plan_merge
 from mergemix.merge.sinks import ParameterSink, Sink
 from mergemix.merge.stream import stream
 from mergemix.mixture import Mixture
-from mergemix.serve.coefficients import operands
-from mergemix.serve.copies import Copy, effective_weights
+from mergemix.serve.copies import copy_of, numbers_of
 from mergemix.serve.dtypes import TORCH_DTYPES
 from mergemix.serve.engine import (
     Engine,
@@ -32,7 +31,7 @@ from mergemix.serve.engine import (
     Swap,
 )
 from mergemix.serve.hf_batches import answer_batch, batches, score_batch
-from mergemix.serve.lazy import Origin
+from mergemix.serve.origins import family_bytes, origin_of
 from mergemix.serve.reference_check import differs
 from mergemix.serve.tokens import Encoded, RequestEncoder, end_tokens, load_tokenizer
 from mergemix.serve.view_reader import ViewReader
@@ -215,18 +214,16 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def _check_memory(family: Family, mixture: Mixture, memory: Mapping[str, torch.Tensor]) -> None:
     """Raise EngineError unless the memory of each tensor (flat, uint8) holds what the reference gives, bit for bit."""
-    members = operands(family)
-    reader = ViewReader(sum(tensor.nbytes for member in members for tensor in member.tensors.values()))
+    reader = ViewReader(family_bytes(family))
     try:
         for name, flat in memory.items():
-            tensors = tuple(member.tensors[name] for member in members)
-            origin = Origin(name, tensors, reader.equality_classes(tensors))
-            dtype = TORCH_DTYPES[tensors[0].dtype]
-            view = torch.empty(tensors[0].shape, dtype=dtype, device="meta")
-            copy = Copy(origin, flat.view(dtype).view(view.shape), view)
-            coefficients = family.coefficients(mixture.at(name))
-            weights = effective_weights(origin.classes, coefficients, floating=copy.is_floating)
-            if differs(copy, weights, reader):
+            origin = origin_of(family, name, reader)
+            first = origin.tensors[0]
+            dtype = TORCH_DTYPES[first.dtype]
+            view = torch.empty(first.shape, dtype=dtype, device="meta")
+            copy = copy_of(origin, flat.view(dtype).view(view.shape), view, {})
+            assert copy is not None, "a whole matrix is a choice of rows and columns"
+            if differs(copy, numbers_of(family, mixture.at(name), copy.makeup), reader):
                 raise EngineError(f"{name}: the live weights differ from the reference")
     finally:
         reader.close()

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
+from mergemix.checkpoints.adapter import LowRankDelta
 from mergemix.checkpoints.header import TensorInfo
 from mergemix.serve.dtypes import TORCH_DTYPES
 
@@ -25,13 +26,17 @@ aten = torch.ops.aten
 class Origin:
     """The checkpoint tensor that a lazy tensor is a view of.
 
-    tensors: where each operand has it; all of one dtype and shape. classes: one number per operand, the position of
-    the first one whose tensor is bitwise equal.
+    tensors: where each operand has it, all of one shape, to be read as the first one's dtype; of an adapter that has
+    none of its own, the base's. classes: one number per operand, the position of the first one whose tensor is bitwise
+    equal. holders: the operands that have one of their own; empty where all have. deltas: what adapters add to it, each
+    with its operand.
     """
 
     name: str
     tensors: tuple[TensorInfo, ...]
     classes: tuple[int, ...]
+    holders: tuple[int, ...] = ()
+    deltas: tuple[tuple[int, LowRankDelta], ...] = ()
 
 
 class Recorder(Protocol):

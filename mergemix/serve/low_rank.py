@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mergemix.checkpoints.adapter import Adapter, LowRankDelta
-from mergemix.checkpoints.family import Family
+from mergemix.checkpoints.adapter import LowRankDelta
 from mergemix.checkpoints.header import TensorInfo
 from mergemix.checkpoints.ranges import read_range
 from mergemix.errors import NonFiniteError
@@ -81,9 +80,9 @@ def cut(view: torch.Tensor, first: int, shape: Sequence[int]) -> Cut | None:
 
 def _indices(first: int, dimensions: Iterable[tuple[int, int]]) -> torch.Tensor:
     """int64: of every element of these (length, step) dimensions, the last the fastest."""
-    indices = torch.tensor([first])
+    indices = torch.tensor([first], device="cpu")
     for length, step in dimensions:
-        indices = (indices[:, None] + torch.arange(length) * step).reshape(-1)
+        indices = (indices[:, None] + torch.arange(length, device="cpu") * step).reshape(-1)
     return indices
 
 
@@ -98,20 +97,27 @@ class Factors:
     left: torch.Tensor
     right: torch.Tensor
 
-    def scales(self, terms: Iterable[tuple[int, LowRankDelta, float]]) -> torch.Tensor:
-        """fp32 [R] on the CPU: what a mixture multiplies each rank with. terms: `Family.terms(...).low_rank`."""
-        by_owner = {position: scale for position, _, scale in terms}
-        numbers = [by_owner.get(position, 0.0) for position, rank in self.owners for _ in range(rank)]
-        return torch.tensor(numbers, dtype=torch.float32)
+    def scales(self, by_owner: Sequence[float]) -> torch.Tensor:
+        """fp32 [R] on the CPU: what each rank is multiplied with. by_owner: one number per adapter."""
+        numbers = [scale for scale, (_, rank) in zip(by_owner, self.owners, strict=True) for _ in range(rank)]
+        return torch.tensor(numbers, dtype=torch.float32, device="cpu")
+
+    @property
+    def nbytes(self) -> int:
+        return self.left.nbytes + self.right.nbytes
+
+    def used_bytes(self, by_owner: Sequence[float]) -> int:
+        """Of the ranks whose scale is not zero."""
+        ranks = sum(rank for scale, (_, rank) in zip(by_owner, self.owners, strict=True) if scale != 0.0)
+        return 4 * ranks * (self.left.shape[0] + self.right.shape[1])
 
 
-def deltas_of(family: Family, name: str) -> list[tuple[int, LowRankDelta]]:
-    """What adapters add to tensor `name`, each with the position of its owner in Family.members."""
-    return [
-        (position, member.deltas[name])
-        for position, member in enumerate(family.members)
-        if isinstance(member, Adapter) and name in member.deltas
-    ]
+@dataclass(frozen=True, slots=True, eq=False)
+class Folded:
+    """What adapters add to a destination."""
+
+    cut: Cut
+    factors: Factors
 
 
 def pack(

@@ -6,16 +6,12 @@ request of a batch. So the engine serves the base, and a candidate is a director
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +20,10 @@ from mergemix.mixture import Mixture
 from mergemix.serve import multi_lora_adapter as adapters
 from mergemix.serve.engine import Engine, EngineSpec, Output, Request, Swap
 from mergemix.serve.engine_log import EngineLog
-from mergemix.serve.vllm_engine import CHILD_ENVIRONMENT, EngineProcess, engine_args
+from mergemix.serve.vllm_engine import EngineProcess, engine_args
 
 HOST_MODULE = "mergemix.serve.multi_lora_host"
 WORKER_EXTENSION = "mergemix.serve.multi_lora_host.LoraWorker"
-
-
-@dataclass(frozen=True)
-class MultiLoraSpec(EngineSpec):
-    """An engine over a family whose experts are all LoRA adapters, of low-rank factors only.
-
-    in_flight: mixtures that share one step of vLLM. On a GPU each takes memory for factors of the largest rank that a
-    mixture can have. More may be submitted together: they then wait for each other.
-    Raises ConfigError for other families, and for ranks beyond what vLLM's LoRA takes.
-    """
-
-    in_flight: int = 4
-
-    def __post_init__(self) -> None:
-        adapters.check_low_rank(self.family)
-        if self.in_flight < 1:
-            raise ConfigError(f"in_flight must be at least 1, but is {self.in_flight}")
 
 
 @dataclass(frozen=True)
@@ -59,31 +38,11 @@ class _Loaded:
         return self.number, str(self.directory)
 
 
-class LoraProcess(EngineProcess):
-    """An EngineProcess whose child runs mergemix.serve.multi_lora_host."""
-
-    def __init__(self, log: EngineLog) -> None:
-        self._log = log
-        self._busy = False
-        self._connection, theirs = Pipe()
-        with theirs:
-            descriptor = theirs.fileno()
-            command = [sys.executable, "-P", "-m", HOST_MODULE, str(descriptor), str(os.getpid())]
-            self._child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log.fileno,
-                stderr=log.fileno,
-                pass_fds=[descriptor],
-                env={**CHILD_ENVIRONMENT, **os.environ},
-                start_new_session=True,
-            )
-        log.release()
-
-
 class MultiLoraEngine(Engine):
-    """vLLM on the base, with mixtures as adapters.
+    """vLLM on the base, with mixtures as adapters: `lora_in_flight` of its spec, at least one, share a step of vLLM.
 
+    On a GPU each takes memory for factors of the largest rank that a mixture can have. More may be submitted together:
+    they then wait for each other.
     Each adapter that vLLM loads is compared with what was written before any request uses it, so `proven` holds from
     the start. An engine whose process died is poisoned.
     """
@@ -91,20 +50,20 @@ class MultiLoraEngine(Engine):
     kind = "vllm"
     proven = True
 
-    def __init__(self, spec: MultiLoraSpec, initial: Mixture) -> None:
+    def __init__(self, spec: EngineSpec, initial: Mixture) -> None:
         """Start vLLM on the base, and apply `initial`.
 
         Raises ConfigError for a mixture that is not over the family's experts, EngineError with vLLM's own reason
         when it does not start; no process is then left.
         """
-        self._family, self._in_flight = spec.family, spec.in_flight
+        self._family, self.in_flight = spec.family, spec.lora_in_flight
         self._loaded: OrderedDict[Mixture, _Loaded] = OrderedDict()  # the one used last is at the end
         self._count = 0
         self._mixture = initial
         self._directory = Path(tempfile.mkdtemp(prefix="mergemix-adapters-"))
         self._process: EngineProcess | None = None
         try:
-            self._process = LoraProcess(EngineLog(spec.log))
+            self._process = EngineProcess(EngineLog(spec.log), HOST_MODULE)
             started = self._process.call("start", multi_lora_args(spec, initial))
             self.apply(initial)
         except BaseException as error:
@@ -172,7 +131,7 @@ class MultiLoraEngine(Engine):
     def _trim(self) -> None:
         """Forget the adapters that were not used for longest, down to `in_flight`; the current one stays."""
         self._loaded.move_to_end(self._mixture)
-        while len(self._loaded) > self._in_flight:
+        while len(self._loaded) > self.in_flight:
             _, oldest = self._loaded.popitem(last=False)
             self._call(self._usable_process(), "remove_adapter", oldest.number)
             shutil.rmtree(oldest.directory, ignore_errors=True)
@@ -192,7 +151,7 @@ class MultiLoraEngine(Engine):
         return self._process
 
 
-def multi_lora_args(spec: MultiLoraSpec, initial: Mixture) -> dict[str, Any]:
+def multi_lora_args(spec: EngineSpec, initial: Mixture) -> dict[str, Any]:
     """vLLM's EngineArgs: the base as vLLM itself loads it, with room for adapters in the modules that have any."""
     swapping = ("load_format", "model_loader_extra_config")
     rank = adapters.total_rank(spec.family)
@@ -200,7 +159,7 @@ def multi_lora_args(spec: MultiLoraSpec, initial: Mixture) -> dict[str, Any]:
         **{key: value for key, value in engine_args(spec, initial).items() if key not in swapping},
         "worker_extension_cls": WORKER_EXTENSION,
         "enable_lora": True,
-        "max_loras": spec.in_flight,
+        "max_loras": spec.lora_in_flight,
         "max_lora_rank": adapters.max_lora_rank(rank),
         "lora_target_modules": adapters.target_modules(spec.family),
         **spec.options,

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from mergemix.serve.engine import Generate, Output, Request
-from mergemix.serve.vllm_host import Host, _generated, _likelihood, end_with_parent, serve
+from mergemix.serve.engine import Output, Request
+from mergemix.serve.vllm_host import Host, end_with_parent, serve
 from mergemix.serve.vllm_worker import MergeWorker
 
 # Sums of magnitudes in fp64, in another order of elements.
@@ -34,17 +34,7 @@ class LoraHost(Host):
 
     def submit_with(self, requests: Sequence[Request], adapters: Sequence[tuple[int, str]]) -> list[Output]:
         """All requests as one batch, each with the adapter of the same index, answered in their order."""
-        encoded = [self._encoder.encode(request) for request in requests]
-        answers = self._llm.generate(
-            [{"prompt_token_ids": list(each.ids)} for each in encoded],
-            [self._sampling(request) for request in requests],
-            use_tqdm=False,
-            lora_request=[_lora_request(*adapter) for adapter in adapters],
-        )
-        return [
-            _generated(answer) if isinstance(request, Generate) else _likelihood(answer, each.num_scored)
-            for request, each, answer in zip(requests, encoded, answers, strict=True)
-        ]
+        return self.answer(requests, lora_request=[_lora_request(*adapter) for adapter in adapters])
 
 
 def _lora_request(number: int, directory: str) -> Any:

@@ -30,7 +30,17 @@ def resolve_kind(kind: str) -> Literal["vllm", "hf"]:
 
 def start_engine(spec: EngineSpec, initial: Mixture) -> Engine:
     """A live engine of the spec's kind that holds `initial`; its swaps are not proven yet."""
-    if resolve_kind(spec.kind) == "vllm":
+    kind = resolve_kind(spec.kind)
+    if spec.lora_in_flight:
+        if kind != "vllm":
+            raise ConfigError(
+                f"lora_in_flight {spec.lora_in_flight} needs vLLM's multi-LoRA: pip install 'mergemix[vllm]', or take "
+                "lora_in_flight 0, which folds adapters into the weights"
+            )
+        from mergemix.serve.multi_lora import MultiLoraEngine
+
+        return MultiLoraEngine(spec, initial)
+    if kind == "vllm":
         from mergemix.serve.vllm_engine import VllmEngine
 
         return VllmEngine(spec, initial)
@@ -42,11 +52,14 @@ def start_engine(spec: EngineSpec, initial: Mixture) -> Engine:
 def open_engine(spec: EngineSpec, initial: Mixture) -> Engine:
     """Start an engine on `initial` and prove that its swaps give the weights they should.
 
-    With verify_swaps "never" nothing is proven, and `proven` stays False. When swaps are not right, the engine that is
-    returned starts anew for every mixture instead: slow, never wrong, and its `proven` is False. Raises ConfigError,
-    EngineError (it does not start), ProofError (not even that is right).
+    An engine that serves mixtures as adapters swaps nothing: it compares each adapter as it loads it, whatever
+    verify_swaps says. With verify_swaps "never" nothing is proven, and `proven` stays False. When swaps are not right,
+    the engine that is returned starts anew for every mixture instead: slow, never wrong, and its `proven` is False.
+    Raises ConfigError, EngineError (it does not start), ProofError (not even that is right).
     """
     engine = start_engine(spec, initial)
+    if spec.lora_in_flight:
+        return engine
     if spec.verify_swaps == "never":
         log.warning(
             "live swaps are not verified (verify_swaps is never): no score of this engine is proven to be right"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +58,7 @@ class OperandCache:
             self._shared = self._segment.flags.reshape(len(self._rows), operands)
             memory = torch.from_numpy(self._segment.data)
             if device.type == "cuda":
-                self._pinned = _pin(memory)
+                self._pinned = _pin(memory, device)
             self._place("host", memory)
 
     def slot(self, copy: int, operand: int) -> torch.Tensor | None:
@@ -128,10 +129,12 @@ def _tiers(copies: Sequence[Copy], sizes: CacheSizes, device: torch.device) -> l
     return tiers
 
 
-def _pin(memory: torch.Tensor) -> int:
+def _pin(memory: torch.Tensor, device: torch.device) -> int:
     """Let the GPU copy from the memory by itself; its address, or 0 where the system does not allow it."""
     error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
     if int(error):
+        with suppress(RuntimeError):  # CUDA would blame the failure on the next kernel: let that be this one
+            torch.ones(1, device=device)
         log.warning(
             "the host cache cannot be pinned (CUDA error %d), so that swaps from it are slower", int(error)
         )

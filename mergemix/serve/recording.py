@@ -10,10 +10,12 @@ import torch
 from mergemix.checkpoints.family import Family
 from mergemix.errors import NonFiniteError
 from mergemix.mixture import Mixture
-from mergemix.serve.coefficients import check_mixture, operands
-from mergemix.serve.copies import Copy, effective_weights, used_operands
-from mergemix.serve.lazy import LazyMerge, Origin
+from mergemix.serve.coefficients import check_mixture
+from mergemix.serve.copies import Copy, Numbers, copy_of, numbers_of, used_operands
+from mergemix.serve.lazy import LazyMerge
+from mergemix.serve.low_rank import Folded
 from mergemix.serve.operand_cache import CacheSizes
+from mergemix.serve.origins import family_bytes, origin_of
 from mergemix.serve.sums import Sums
 from mergemix.serve.swap_plan import SwapPlan
 
@@ -29,9 +31,9 @@ class Recording:
         """Raises ConfigError for a mixture that the family cannot give."""
         check_mixture(family, mixture)
         self._family, self._mixture = family, mixture
-        self._names = tuple(operand.name for operand in operands(family))
-        self._sums = Sums(sum(t.nbytes for o in operands(family) for t in o.tensors.values()))
-        self._coefficients: dict[Mixture, list[float]] = {}
+        self._names = tuple(member.name for member in family.members)
+        self._sums = Sums(family_bytes(family))
+        self._folded: dict[tuple[object, ...], Folded] = {}
         self.copies: list[Copy] = []
         self.unreplayable: list[str] = []
 
@@ -41,11 +43,8 @@ class Recording:
         Nothing is read but what it takes to see which operands are bitwise equal.
         Raises CheckpointError when a file cannot be read.
         """
-        members = operands(self._family)
         for name in self._family.template.tensors:
-            tensors = tuple(member.tensors[name] for member in members)
-            classes = self._sums.reader.equality_classes(tensors)
-            yield name, LazyMerge.whole(Origin(name, tensors, classes), self)
+            yield name, LazyMerge.whole(origin_of(self._family, name, self._sums.reader), self)
 
     def copied(self, destination: torch.Tensor, lazy: LazyMerge) -> None:
         """Write the merge into `destination` and remember where it came from.
@@ -54,19 +53,24 @@ class Recording:
         that is loaded. Raises NonFiniteError naming tensor and operand when any operand, also one with coefficient
         zero, holds NaN or Inf there.
         """
-        copy = Copy(lazy.origin, destination.detach(), lazy.elements.expand(destination.shape))
-        coefficients = self._of(lazy.origin)
+        copy = copy_of(
+            lazy.origin, destination.detach(), lazy.elements.expand(destination.shape), self._folded
+        )
+        if copy is None:
+            self.unreplayable.append(
+                f"{lazy.origin.name}: what is loaded of it is no choice of rows and columns, as adapters need"
+            )
+            destination.copy_(self._dense(lazy))
+            return
         finite = self._write(copy)
         if copy.is_floating:
-            self._check_finite(copy, finite, coefficients)
+            self._check_finite(copy, finite)
         self.copies.append(copy)
 
     def materialised(self, lazy: LazyMerge, operation: str) -> torch.Tensor:
         """The merge as numbers; correct for this load, but a swap cannot follow it."""
         self.unreplayable.append(f"{lazy.origin.name}: {operation} needs the values while loading")
-        dense = torch.empty(lazy.shape, dtype=lazy.dtype, device=lazy.device)
-        self._write(Copy(lazy.origin, dense, lazy.elements))
-        return dense
+        return self._dense(lazy)
 
     def finish(self, storages: Iterable[torch.Tensor], sizes: CacheSizes | None = None) -> SwapPlan:
         """End the recording and take the memory of the cache; what remains is a plan that can be replayed.
@@ -97,23 +101,33 @@ class Recording:
             written[copy.storage] = written.get(copy.storage, 0) + copy.nbytes
         return written
 
-    def _of(self, origin: Origin) -> list[float]:
-        mixture = self._mixture.at(origin.name)
-        if mixture not in self._coefficients:
-            self._coefficients[mixture] = self._family.coefficients(mixture)
-        return self._coefficients[mixture]
+    def _dense(self, lazy: LazyMerge) -> torch.Tensor:
+        """The merge as numbers. Where adapters change the tensor, all of it is made for that."""
+        origin, view = lazy.origin, lazy.elements
+        whole = (
+            torch.empty(origin.tensors[0].shape, dtype=lazy.dtype, device="meta") if origin.deltas else view
+        )
+        dense = torch.empty(whole.shape, dtype=lazy.dtype, device=lazy.device)
+        copy = copy_of(origin, dense, whole, self._folded)
+        assert copy is not None
+        finite = self._write(copy)
+        if copy.is_floating:
+            self._check_finite(copy, finite)
+        return dense.as_strided(view.shape, view.stride(), view.storage_offset()) if origin.deltas else dense
+
+    def _numbers(self, copy: Copy) -> Numbers:
+        return numbers_of(self._family, self._mixture.at(copy.origin.name), copy.makeup)
 
     def _write(self, copy: Copy) -> bool:
-        weights = effective_weights(copy.origin.classes, self._of(copy.origin), floating=copy.is_floating)
-        return self._sums.write_once(copy, weights)
+        return self._sums.write_once(copy, self._numbers(copy))
 
-    def _check_finite(self, copy: Copy, finite: bool, coefficients: Sequence[float]) -> None:
+    def _check_finite(self, copy: Copy, finite: bool) -> None:
         """finite: of the sum that was written. A finite sum vouches for its operands: NaN and Inf survive any sum."""
         classes = copy.origin.classes
-        vouched = {classes[k] for k in used_operands(coefficients)} if finite else set()
+        vouched = {classes[k] for k in used_operands(self._numbers(copy).weights)} if finite else set()
         suspects = sorted(set(classes) - vouched)
         bad = {k for k in suspects if not self._sums.is_finite(copy, k)}
-        if holders := [name for name, k in zip(self._names, classes, strict=True) if k in bad]:
+        if holders := [self._names[k] for k in copy.origin.holders if classes[k] in bad]:
             raise NonFiniteError(f"tensor {copy.origin.name!r} holds NaN or Inf in {', '.join(holders)}")
         if not finite:
             raise NonFiniteError(
@@ -123,7 +137,16 @@ class Recording:
 
 
 def _region(tensor: torch.Tensor) -> tuple[object, ...]:
-    return (tensor.data_ptr(), tensor.shape, tensor.stride())
+    """Names a place, however its dimensions are arranged: those that are one in memory are joined."""
+    joined: list[tuple[int, int]] = []
+    for stride, length in sorted(
+        (stride, length) for length, stride in zip(tensor.shape, tensor.stride(), strict=True) if length != 1
+    ):
+        if joined and joined[-1][0] * joined[-1][1] == stride:
+            joined[-1] = (joined[-1][0], joined[-1][1] * length)
+        else:
+            joined.append((stride, length))
+    return (tensor.data_ptr(), *joined)
 
 
 def _overlapping(copies: Sequence[Copy]) -> list[str]:
@@ -146,7 +169,9 @@ def _overlapping(copies: Sequence[Copy]) -> list[str]:
 def _sharing_elements(copies: Sequence[Copy]) -> list[str]:
     """Strided destinations may interleave without sharing anything, so every element is marked."""
     storage = copies[0].destination.untyped_storage()
-    marked = torch.zeros(storage.nbytes() // copies[0].destination.element_size(), dtype=torch.bool)
+    marked = torch.zeros(
+        storage.nbytes() // copies[0].destination.element_size(), dtype=torch.bool, device="cpu"
+    )
     names = []
     for copy in copies:
         place = copy.destination

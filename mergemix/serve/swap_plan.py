@@ -18,10 +18,11 @@ from mergemix.checkpoints.adapter import fingerprint
 from mergemix.checkpoints.family import Family
 from mergemix.merge.delta_cache import TIERS
 from mergemix.mixture import Mixture
-from mergemix.serve.coefficients import group_coefficients, group_patterns, operands, tensor_groups
-from mergemix.serve.copies import Copy, effective_weights, used_operands
+from mergemix.serve.coefficients import check_weights, group_mixtures, group_patterns, tensor_groups
+from mergemix.serve.copies import Copy, Makeup, Numbers, numbers_of, used_operands
 from mergemix.serve.cpu_sums import Slot, Sum
-from mergemix.serve.gpu_sums import Placed
+from mergemix.serve.folded_sums import Placed
+from mergemix.serve.gpu_sums import Empty, GpuSums
 from mergemix.serve.operand_cache import CacheSizes, OperandCache
 from mergemix.serve.reference_check import differs
 from mergemix.serve.sums import Sums
@@ -33,10 +34,14 @@ UNKNOWN = -1
 
 @dataclass(frozen=True, eq=False)
 class Write:
-    """Destinations (positions in SwapPlan.moving) that get the same weights, one per operand, from one tier."""
+    """Destinations (positions in SwapPlan.moving) that get the same numbers from one tier."""
 
     copies: np.ndarray
-    weights: tuple[float, ...]
+    numbers: Numbers
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return self.numbers.weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +57,13 @@ class Change:
 class _Structure:
     """What mixtures with the same patterns of groups share.
 
-    groups: of each tensor of the family. group: of each copy. kinds: what tells copies apart, (group, signature);
-    kind: of each copy, as a position in kinds.
+    groups: of each tensor of the family. group: of each copy. kinds: what tells copies apart, (group, makeup); kind: of
+    each copy, as a position in kinds.
     """
 
     groups: Sequence[int]
     group: np.ndarray
-    kinds: Sequence[tuple[int, int]]
+    kinds: Sequence[tuple[int, Makeup]]
     kind: np.ndarray
 
 
@@ -85,24 +90,22 @@ class SwapPlan:
         self.moving = [copy for copy in copies if not copy.is_static]
         self.nbytes = sum(copy.nbytes for copy in self.moving)
         self.cache = OperandCache(self.moving, sizes, _device(self.moving), _contents(family, sizes))
-        self._signatures = list(dict.fromkeys((c.origin.classes, c.is_floating) for c in self.moving))
-        positions = {signature: i for i, signature in enumerate(self._signatures)}
-        self._signature = _array(positions[c.origin.classes, c.is_floating] for c in self.moving)
         self._storage = _array(copy.storage for copy in self.moving)
         self._nbytes = _array(copy.nbytes for copy in self.moving)
         self._operand_bytes = _array(copy.operand_bytes for copy in self.moving)
         self._tier = _array(TIERS.index(tier) for tier in self.cache.tiers)
-        self._sources = np.array([c.origin.classes for c in self.moving], np.int64).reshape(
-            len(self.moving), -1
-        )
+        classes = [c.origin.classes for c in self.moving]
+        self._sources = np.array(classes, np.int64).reshape(len(classes), len(family.members))
         ways = [
             (c.destination.device, c.is_floating, c.is_direct, t)
             for c, t in zip(self.moving, self._tier, strict=True)
         ]
         numbers = {way: i for i, way in enumerate(dict.fromkeys(ways))}
         self._way = _array(numbers[way] for way in ways)
+        makeups: dict[Makeup, Makeup] = {}
+        self._makeups = [makeups.setdefault(c.makeup, c.makeup) for c in self.moving]
         self._structures: OrderedDict[tuple[tuple[str, ...], ...], _Structure] = OrderedDict()
-        self._values: dict[tuple[float, ...], int] = {}
+        self._values: dict[Numbers, int] = {}
         self._next_value = count()
         self._together: list[tuple[np.ndarray, np.ndarray]] = []
         self._verified = np.zeros(len(self.moving), bool)
@@ -111,6 +114,12 @@ class SwapPlan:
         self._statics_verified = False
         self._written = np.zeros(0, np.int64)
         self._live = self._wanted(mixture)[0]
+
+    @property
+    def factor_bytes(self) -> int:
+        """Memory of adapters' factors, which copies share."""
+        kept = {id(copy.folded): copy.folded for copy in self.moving if copy.folded is not None}
+        return sum(folded.factors.nbytes for folded in kept.values())
 
     def bytes_by_storage(self) -> dict[int, int]:
         """Bytes that a swap may write, by the address of the storage."""
@@ -133,11 +142,11 @@ class SwapPlan:
         changed = wanted != self._live
         self._follow(changed)
         rows = np.flatnonzero(changed)
-        weights = {value: key for key, value in self._values.items()}
+        numbers = {value: key for key, value in self._values.items()}
         alike = np.stack([group[rows], wanted[rows], self._way[rows]])
         _, first, which = np.unique(alike, axis=1, return_index=True, return_inverse=True)
         which = which.reshape(-1)
-        writes = [Write(rows[which == i], weights[int(wanted[rows[at]])]) for i, at in enumerate(first)]
+        writes = [Write(rows[which == i], numbers[int(wanted[rows[at]])]) for i, at in enumerate(first)]
         return Change(mixture, tuple(writes), len(self.moving) - len(rows))
 
     def write(self, change: Change) -> dict[str, int]:
@@ -158,17 +167,18 @@ class SwapPlan:
             used = self._used_slots(write)
             self._count(write, used, read)
             filled[write.copies] |= used
-            device = self.moving[write.copies[0]].destination.device
-            if device.type == "cpu":
-                sums += (Sum(self.moving[i], write.weights, self._slots(i)) for i in write.copies)
+            gpu = self._sums.gpu(self.moving[write.copies[0]].destination.device)
+            if gpu is None:
+                sums += (Sum(self.moving[i], write.numbers, self._slots(i)) for i in write.copies)
             else:
-                self._write_on_gpu(device, write, used)
+                self._write_on_gpu(gpu, write, used)
         self._sums.cpu.write(sums)
         self.cache.mark_filled(filled & (self._tier != TIERS.index("disk"))[:, None])
         if read["disk"]:
             self._sums.reader.check_unchanged()
+            self._sums.reader.let_go()  # between swaps the system may take the page cache for itself
         for write in change.writes:
-            self._live[write.copies] = self._value(write.weights)
+            self._live[write.copies] = self._value(write.numbers)
         self._intact[rows] = True
         return read
 
@@ -184,12 +194,12 @@ class SwapPlan:
 
         Looks at all that was not found right since it was written; with `sample` at a part of what was written last.
         """
-        weights = {value: key for key, value in self._values.items()}
+        numbers = {value: key for key, value in self._values.items()}
         rows = self._written if sample else np.flatnonzero(~self._verified & self._intact)
         bad = []
         for i in rows:
             copy = self.moving[i]
-            if differs(copy, weights[int(self._live[i])], self._sums.reader, sample=sample):
+            if differs(copy, numbers[int(self._live[i])], self._sums.reader, sample=sample):
                 bad.append(copy.origin.name)
             elif not sample:
                 self._verified[i] = True
@@ -218,15 +228,16 @@ class SwapPlan:
                 changed[volatile] |= changed[members].any()
 
     def _wanted(self, mixture: Mixture) -> tuple[np.ndarray, np.ndarray]:
-        """For each destination the number of the weights it should have, and its group."""
+        """For each destination the position in _values of what it should have, and its group."""
         if len(self._values) > MAX_VALUES:
             live = set(self._live.tolist())
             self._values = {key: value for key, value in self._values.items() if value in live}
         structure = self._structure(group_patterns(mixture))
-        coefficients = group_coefficients(self._family, mixture, structure.groups)
+        mixtures = group_mixtures(self._family, mixture, structure.groups)
+        check_weights(self._family, mixtures, structure.groups)
         values = [
-            self._value(effective_weights(classes, coefficients[group], floating=floating))
-            for group, (classes, floating) in ((g, self._signatures[s]) for g, s in structure.kinds)
+            self._value(numbers_of(self._family, mixtures[group], makeup))
+            for group, makeup in structure.kinds
         ]
         return _array(values)[structure.kind], structure.group
 
@@ -237,7 +248,7 @@ class SwapPlan:
             groups = tensor_groups(patterns, tensors)
             by_name = dict(zip(tensors, groups, strict=True))
             group = _array(by_name[copy.origin.name] for copy in self.moving)
-            pairs = list(zip(group.tolist(), self._signature.tolist(), strict=True))
+            pairs = list(zip(group.tolist(), self._makeups, strict=True))
             kinds = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
             found = _Structure(groups, group, list(kinds), _array(kinds[pair] for pair in pairs))
         self._structures[patterns] = found
@@ -245,11 +256,11 @@ class SwapPlan:
             self._structures.popitem(last=False)
         return found
 
-    def _value(self, weights: tuple[float, ...]) -> int:
-        """The number that stands for these weights."""
-        if weights not in self._values:
-            self._values[weights] = next(self._next_value)
-        return self._values[weights]
+    def _value(self, numbers: Numbers) -> int:
+        """What stands for these numbers in arrays."""
+        if numbers not in self._values:
+            self._values[numbers] = next(self._next_value)
+        return self._values[numbers]
 
     def _used_slots(self, write: Write) -> np.ndarray:
         """bool (destinations of the write, operands): which operands are read, each by the first one equal to it."""
@@ -264,6 +275,10 @@ class SwapPlan:
         nbytes = self._operand_bytes[write.copies]
         read[tier] += int(kept.sum(1) @ nbytes)
         read["disk"] += int((used & ~kept).sum(1) @ nbytes)
+        if scales := write.numbers.scales:
+            folded = [copy for i in write.copies if (copy := self.moving[i]).folded is not None]
+            at = "host" if folded[0].destination.device.type == "cpu" else "device"
+            read[at] += sum(copy.folded.factors.used_bytes(scales) for copy in folded if copy.folded)
 
     def _slots(self, copy: int) -> dict[int, Slot]:
         found = {k: self.cache.slot(copy, k) for k in np.unique(self._sources[copy]).tolist()}
@@ -271,15 +286,17 @@ class SwapPlan:
             k: Slot(slot, bool(self.cache.filled[copy, k])) for k, slot in found.items() if slot is not None
         }
 
-    def _write_on_gpu(self, device: torch.device, write: Write, used: np.ndarray) -> None:
-        gpu = self._sums.gpu(device)
+    def _write_on_gpu(self, gpu: GpuSums, write: Write, used: np.ndarray) -> None:
         in_cache = self._tier[write.copies[0]] != TIERS.index("disk")
-        for row, k in np.argwhere(used & ~self.cache.filled[write.copies]) if in_cache else ():
-            copy = int(write.copies[row])
-            slot = self.cache.slot(copy, int(k))
-            assert slot is not None
-            gpu.fill(self.moving[copy], int(k), slot)
-        gpu.write(write.copies.tobytes(), lambda: [self._placed(int(i)) for i in write.copies], write.weights)
+        empty = np.argwhere(used & ~self.cache.filled[write.copies]).tolist() if in_cache else []
+        if empty:
+            gpu.fill([self._empty(int(write.copies[row]), k) for row, k in empty])
+        gpu.write(write.copies.tobytes(), lambda: [self._placed(int(i)) for i in write.copies], write.numbers)
+
+    def _empty(self, i: int, k: int) -> Empty:
+        slot = self.cache.slot(i, k)
+        assert slot is not None
+        return Empty(self.moving[i], k, slot)
 
     def _placed(self, i: int) -> Placed:
         copy = self.moving[i]
@@ -299,12 +316,12 @@ def _contents(family: Family, sizes: CacheSizes) -> list[str]:
     """What the operands' files hold, as far as can be told without reading them, and which files these are."""
     if not sizes.host:
         return []
-    files = {(str(t.path), str(t.file)) for o in operands(family) for t in o.tensors.values()}
-    return [*(fingerprint(operand) for operand in operands(family)), *map(str, sorted(files))]
+    files = {(str(t.path), str(t.file)) for member in family.members for t in member.tensors.values()}
+    return [*map(fingerprint, family.members), *map(str, sorted(files))]
 
 
-def _one_hot(copy: Copy) -> list[float]:
-    return [1.0] + [0.0] * (len(copy.origin.classes) - 1)
+def _one_hot(copy: Copy) -> Numbers:
+    return Numbers((1.0,) + (0.0,) * (len(copy.origin.classes) - 1))
 
 
 def _array(values: Iterable[int]) -> np.ndarray:

@@ -21,6 +21,7 @@ from mergemix.checkpoints.ranges import OpenFiles, open_range
 from mergemix.errors import CheckpointError
 from mergemix.merge.resources import free_memory
 from mergemix.serve.copies import memory_order
+from mergemix.serve.dtypes import TORCH_DTYPES
 from mergemix_kernels import cpu
 from mergemix_kernels.dispatch import pieces
 
@@ -60,11 +61,17 @@ class ViewReader:
     def read(self, tensor: TensorInfo, view: torch.Tensor, into: torch.Tensor) -> None:
         """Fill `into`, of the host and of any strides, with the elements of `tensor` that `view` (see LazyMerge) names.
 
+        A tensor that is stored in another dtype than the view's is rounded to it.
         Reads each byte between the first and the last of them about once, except for gaps between long rows.
         Raises CheckpointError when the file cannot be read, or is not the one that was opened first.
         """
         size = view.element_size()
         if view.numel() == 0:
+            return
+        if (stored := TORCH_DTYPES[tensor.dtype]) != view.dtype:
+            unrounded = torch.empty(view.shape, dtype=stored, device="cpu")
+            self.read(tensor, _retyped(view, stored), unrounded)
+            into.copy_(unrounded)
             return
         if not view.is_contiguous():
             order = memory_order(view)
@@ -93,9 +100,12 @@ class ViewReader:
     def borrow(self, tensor: TensorInfo, view: torch.Tensor) -> torch.Tensor | None:
         """The elements where the page cache has them, flat and never to be written; to be given back with `release`.
 
-        None where they must be read instead: gathered, moved to an aligned address, or kept out of the page cache.
+        None where they must be read instead: gathered, rounded, moved to an aligned address, or kept out of the page
+        cache.
         """
         if self._forget or not view.is_contiguous() or tensor.offset % view.element_size():
+            return None
+        if TORCH_DTYPES[tensor.dtype] != view.dtype:
             return None
         with self._lock:
             if tensor.path not in self._mapped:
@@ -111,14 +121,20 @@ class ViewReader:
             self._released += nbytes
             if self._released < MAPPED_BYTES:
                 return
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Keep no page of the files in this process: nothing is borrowed, or who does it looks at the pages anew."""
+        with self._lock:
             self._released = 0
         for file in list(self._mapped.values()):
             file.let_go()
 
     def equality_classes(self, tensors: Sequence[TensorInfo]) -> tuple[int, ...]:
-        """One number per tensor (equal dtypes and shapes): the position of the first one with the same bits.
+        """One number per tensor (equal shapes): the position of the first one with the same bits.
 
-        Of tensors that differ no more is read than it takes to see it.
+        Those of another dtype than the first one's are rounded to it. Of tensors that differ no more is read than it
+        takes to see it.
         """
         groups = [list(range(len(tensors)))]
         begin, size = 0, HEAD_BYTES
@@ -138,7 +154,11 @@ class ViewReader:
         parts: list[tuple[np.ndarray, list[int]]] = []
         for k in group:
             data = np.empty(nbytes, np.uint8)
-            self._read(tensors[k], begin, data)
+            dtype = TORCH_DTYPES[tensors[0].dtype]
+            part = torch.empty(begin + nbytes, dtype=torch.uint8, device="meta").view(dtype)[
+                begin // dtype.itemsize :
+            ]
+            self.read(tensors[k], part, torch.from_numpy(data).view(dtype))
             home = next((part for known, part in parts if cpu.bitwise_equal([known, data])), None)
             if home is None:
                 parts.append((data, [k]))
@@ -199,6 +219,17 @@ class _MappedFile:
     def close(self) -> None:
         """Until nothing refers to its elements any more, the file stays mapped."""
         self._file.close()
+
+
+def _retyped(view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same elements of a tensor of another dtype."""
+    end = (
+        int(view.storage_offset())
+        + 1
+        + sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True))
+    )
+    whole = torch.empty(end, dtype=dtype, device="meta")
+    return whole.as_strided(view.shape, view.stride(), view.storage_offset())
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:

@@ -131,22 +131,15 @@ class VllmEngine(Engine):
 
 
 class EngineProcess:
-    """A child that runs mergemix.serve.vllm_host, with its own session: Ctrl-C reaches the caller alone."""
+    """A child that runs `host_module`, with its own session: Ctrl-C reaches the caller alone."""
 
-    def __init__(self, log: EngineLog) -> None:
+    def __init__(self, log: EngineLog, host_module: str = "mergemix.serve.vllm_host") -> None:
         self._log = log
         self._busy = False  # a call was made whose answer has not come, perhaps because of Ctrl-C
         self._connection, theirs = Pipe()
         with theirs:
             descriptor = theirs.fileno()
-            command = [
-                sys.executable,
-                "-P",
-                "-m",
-                "mergemix.serve.vllm_host",
-                str(descriptor),
-                str(os.getpid()),
-            ]
+            command = [sys.executable, "-P", "-m", host_module, str(descriptor), str(os.getpid())]
             self._child = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

@@ -81,11 +81,16 @@ class Host:
 
     def submit(self, requests: Sequence[Request]) -> list[Output]:
         """All requests as one batch, answered in their order. Raises ConfigError for one that cannot fit."""
+        return self.answer(requests)
+
+    def answer(self, requests: Sequence[Request], **options: Any) -> list[Output]:
+        """As `submit`. options: passed to LLM.generate."""
         encoded = [self._encoder.encode(request) for request in requests]
         answers = self._llm.generate(
             [{"prompt_token_ids": list(each.ids)} for each in encoded],
             [self._sampling(request) for request in requests],
             use_tqdm=False,
+            **options,
         )
         return [
             _generated(answer) if isinstance(request, Generate) else _likelihood(answer, each.num_scored)

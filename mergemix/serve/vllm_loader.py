@@ -3,10 +3,11 @@
     vllm serve BASE --load-format mergemix --model-loader-extra-config \
         '{"experts": {"math": PATH, "code": PATH}, "base": PATH or null, "weights": {"math": 0.3, "code": 0.7}}'
 
-serves a merge that is never written. `base` is BASE itself when absent, and read only when the weights do not sum
-to one; `weights` are used as given, uniform when absent. `groups`, a list of {"tensors": [PATTERN, ...], "weights":
-{NAME: WEIGHT, ...}}, gives tensors weights of their own. `device_cache` and `host_cache` are bytes, of all ranks
-together, in which operands are kept for later swaps.
+serves a merge that is never written. Experts may be LoRA adapters, which are folded into the weights. `base` is BASE
+itself when absent, and read only when there are adapters or the weights do not sum to one; `weights` are used as
+given, uniform when absent. `groups`, a list of {"tensors": [PATTERN, ...], "weights": {NAME: WEIGHT, ...}}, gives
+tensors weights of their own. `device_cache` and `host_cache` are bytes, of all ranks together, in which operands are
+kept for later swaps.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from mergemix.checkpoints.family import Family, open_family
+from mergemix.checkpoints.family import Family, is_adapter_source, open_family
 from mergemix.errors import CheckpointError, ConfigError
 from mergemix.mixture import LayerGroup, Mixture
 from mergemix.serve.engine import check_cache_bytes
@@ -151,6 +152,8 @@ def parse_config(extra: Any, model: str) -> LoaderConfig:
     )
     parts = [mixture.weights, *(group.weights for group in mixture.groups)]
     needs_base = any(Mixture(names, weights).base_weight != 0.0 for weights in parts)
+    if "base" not in extra and not needs_base:
+        needs_base = any(is_adapter_source(name, path) for name, path in experts.items())
     base = extra.get("base", model if needs_base else None)
     caches = {key: check_cache_bytes(key, extra.get(key, 0)) for key in ("device_cache", "host_cache")}
     return LoaderConfig(open_family(base, experts), mixture, **caches)

@@ -32,7 +32,7 @@ class MergeWorker:
         """This rank's plan.
 
         bytes_written by a swap of everything, transformed modules, uncovered bytes by name, problems, and "cache": the
-        bytes of operands by the tier that they are assigned to.
+        bytes of operands by the tier that they are assigned to, and of adapters' factors, which are always in memory.
         """
         loaded = self._mergemix_loaded()
         return {
@@ -41,7 +41,7 @@ class MergeWorker:
             "transformed": [entry.name for entry in loaded.transforms.modules],
             "uncovered": dict(loaded.uncovered),
             "problems": list(loaded.problems),
-            "cache": dict(loaded.plan.cache.assigned),
+            "cache": {**loaded.plan.cache.assigned, "factors": loaded.plan.factor_bytes},
         }
 
     def mergemix_mixture(self) -> str:
@@ -70,6 +70,7 @@ class MergeWorker:
         loaded.mixture, loaded.mixed = None, True
         with torch.no_grad(), self._mergemix_context():
             read = self.mergemix_write(plan, change)
+            _wait_for_device()
             seconds = time.perf_counter() - begin
             problems = []
             modules = loaded.stale(plan.storages(change))
@@ -79,8 +80,7 @@ class MergeWorker:
             witnesses = [Witness(entry) for entry in modules] if check != "none" else []
             begin = time.perf_counter()
             self.mergemix_reprocess(loaded.transforms, modules)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            _wait_for_device()
             process_s = time.perf_counter() - begin
             problems += [problem for witness in witnesses for problem in witness.problems()]
         loaded.mixed = False
@@ -166,13 +166,36 @@ class Witness:
             for key in entry.changed
             if on_cpu and key in self._before and key in after and _is_stale(self._before[key], after[key])
         ]
-        if self._columns is not None:
-            method: Any = entry.module.quant_method
-            outputs = method.apply(entry.module, self._inputs, bias=None).to(self._expected.dtype)
-            # Adding 0.0 turns -0.0, which a kernel may give or not, into 0.0.
-            if not same_bits(outputs + 0.0, self._expected + 0.0):
-                found.append(f"{entry.name}: it does not compute with its new weights")
+        outputs = self._outputs()
+        # Adding 0.0 turns -0.0, which a kernel may give or not, into 0.0.
+        if outputs is not None and not same_bits(outputs + 0.0, self._expected + 0.0):
+            found.append(f"{entry.name}: it does not compute with its new weights")
         return found
+
+    def _outputs(self) -> torch.Tensor | None:
+        """What the module makes of the chosen columns' inputs; None where that cannot be asked.
+
+        Its weight may have been packed into another module, an attention layer's for example, and left empty: then
+        nobody can compute with it, rightly or wrongly. Where its own processing had made something to compute with,
+        or its weight is there, it must compute, and raises what it raises.
+        """
+        if self._columns is None:
+            return None
+        module: Any = self._entry.module
+        try:
+            outputs = module.quant_method.apply(module, self._inputs, bias=None)
+        except Exception:
+            weight = getattr(module, "weight", None)
+            if (weight is not None and weight.numel() > 0) or self._made_something():
+                raise
+            return None
+        return outputs.to(self._expected.dtype)
+
+    def _made_something(self) -> bool:
+        """Whether processing had given the module itself anything but an emptied weight."""
+        return any(
+            key in self._before and _holds_weights(self._before[key].value) for key in self._entry.changed
+        )
 
 
 def one_hot(columns: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -182,16 +205,25 @@ def one_hot(columns: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tens
     return inputs
 
 
-def _is_stale(before: Mark, after: Mark) -> bool:
-    """Whether this is the same product of processing as before: a packed tensor, a closure, a kernel object.
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
-    Constants (numbers, classes, functions that close over nothing) hold no weights.
-    """
+
+def _is_stale(before: Mark, after: Mark) -> bool:
+    """Whether this is the same product of processing as before: a packed tensor, a closure, a kernel object."""
     value = after.value
+    if not _holds_weights(value):
+        return False
+    return after.token == before.token if isinstance(value, torch.Tensor) else value is before.value
+
+
+def _holds_weights(value: Any) -> bool:
+    """Constants (numbers, classes, functions that close over nothing) hold no weights."""
     if isinstance(value, torch.Tensor):
-        return value.numel() > 0 and after.token == before.token
+        return value.numel() > 0
     if value is None or isinstance(value, (bool, int, float, str, type, torch.dtype)):
         return False
-    if isinstance(value, (FunctionType, BuiltinFunctionType)) and not getattr(value, "__closure__", None):
-        return False
-    return value is before.value
+    return not isinstance(value, (FunctionType, BuiltinFunctionType)) or bool(
+        getattr(value, "__closure__", None)
+    )

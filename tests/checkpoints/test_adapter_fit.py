@@ -193,24 +193,23 @@ def test_another_repository_than_the_one_named_is_refused(base_of: BaseOf, copy:
 
 def test_a_family_of_adapters_needs_a_base(base_of: BaseOf, made: Path) -> None:
     for experts in ({"math": str(made)}, {"code": str(base_of("llama")), "math": str(made)}):
-        with pytest.raises(ConfigError, match=r"math \(.*\) is a LoRA adapter.*merge it with .*--base"):
+        with pytest.raises(ConfigError, match=r"math \(.*\) is a LoRA adapter.*give the base.*--base"):
             open_family(None, experts)
     with pytest.raises(CheckpointError, match="is a LoRA adapter"):
         open_family(str(made), {"math": str(made)})
 
 
-def test_a_run_refuses_adapters_before_anything_starts(base_of: BaseOf, made: Path, tmp_path: Path) -> None:
+def test_a_run_refuses_adapters_without_their_base_before_anything_starts(
+    base_of: BaseOf, made: Path, tmp_path: Path
+) -> None:
     bench = write_benchmark(tmp_path, "copy", 4, random.Random(0), grader="contains", max_tokens=4)
     config = RunConfig(
         experts={"code": str(base_of("llama")), "math": str(made)},
-        base=str(base_of("llama")),
         bench=(str(bench),),
         study=tmp_path / "study",
         budget=9,
         engine="hf",
     )
-    with pytest.raises(
-        ConfigError, match=rf"served live yet, and math \({made}\) is one: .*`mergemix merge --base "
-    ):
+    with pytest.raises(ConfigError, match=rf"math \({made}\) is a LoRA adapter.*give the base"):
         run(config)
     assert not (tmp_path / "study").exists()

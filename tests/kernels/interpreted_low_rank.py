@@ -92,3 +92,13 @@ def test_absent_ranks_and_sources():
     assert_same_bits(out, negative)
     sums([0.0, 1.0], [torch.tensor([0.0, 1.0])])
     assert out.isnan().all()
+
+
+def test_the_default_device_of_torch_is_of_no_account():
+    """A serving engine makes the GPU the default device while weights change."""
+    source, out = numbers(torch.bfloat16, 100, 1).view(5, 20), poisoned(5, 20, dtype=torch.bfloat16)
+    left, right = numbers(torch.float32, 10, 2).view(5, 2), numbers(torch.float32, 40, 3).view(2, 20)
+    scales = torch.tensor([0.5, 2.0])
+    with torch.device("meta"):
+        low_rank_triton.GroupedSums([LowRankGroup([source], left, right, out)], TILE)([0.25], [scales])
+    assert_same_bits(out, reference.low_rank_sum([source], [0.25], left, right, scales))

@@ -186,3 +186,12 @@ def test_refuses():
             grouped([[1.0, 1.0], weights])
     with pytest.raises(ValueError, match="from 1 to 8, but got 9"):
         triton_kernels.GroupedWeightedSum([([torch.ones(4)], [torch.ones(4)] * 9)])
+
+
+def test_the_default_device_of_torch_is_of_no_account():
+    """A serving engine makes the GPU the default device while weights change."""
+    groups = [[numbers(torch.bfloat16, count, 10 * count + k) for k in range(2)] for count in (65, 7)]
+    outs = [[poisoned(sources[0].numel(), dtype=torch.bfloat16)] for sources in groups]
+    with torch.device("meta"):
+        triton_kernels.GroupedWeightedSum(list(zip(groups, outs, strict=True)), SMALL)([[0.5, 0.25]])
+    assert_equals_the_reference(groups, [[0.5, 0.25]], outs)

@@ -1,94 +1,16 @@
 """Sums streamed through a ring of slots: real arithmetic on CPU tensors, by lanes that run late and out of turn."""
 
-import random
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_samples import DTYPES, assert_same_bits, numbers, poisoned
+from late_lanes import LateLanes
 
 from mergemix_kernels import reference
-from mergemix_kernels.pinned import Ring, StreamedSum
-
-
-@dataclass
-class Event:
-    lane: str
-    happened: bool = False
-
-
-@dataclass
-class Wait:
-    event: Event
-
-
-class LateLanes:
-    """Lanes whose work is done as late as can be: when the host waits, and then by whichever lane chance picks.
-
-    Some lanes are picked far more often than others, differently for each seed. `ignored`: pairs (who, lane) of
-    waits that are not observed. `trace`: for each wait that would have blocked, such a pair.
-    """
-
-    def __init__(self, seed: int, ignored: frozenset[tuple[str, str]] = frozenset()) -> None:
-        self._random = random.Random(seed)
-        self._queues: dict[str, deque] = {lane: deque() for lane in ("caller", "in", "sum", "out")}
-        self._speeds = {lane: self._random.choice([1, 30, 1000]) for lane in self._queues}
-        self._ignored = ignored
-        self._places: dict[int, str] = {}
-        self._kept: list[torch.Tensor] = []
-        self.allocated = 0
-
-    def put(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
-        self._places[tensor.untyped_storage().data_ptr()] = place
-        self._kept.append(tensor)
-        return tensor
-
-    def where(self, tensor: torch.Tensor) -> str:
-        return self._places.get(tensor.untyped_storage().data_ptr(), "pageable")
-
-    def on_device(self, nbytes: int) -> torch.Tensor:
-        self.allocated += nbytes
-        return torch.full((nbytes,), 0xFF, dtype=torch.uint8)  # NaN in every format
-
-    pinned = on_device
-
-    def run(self, lane: str, work: Callable[[], None]) -> None:
-        self._queues[lane].append(work)
-
-    def record(self, lane: str) -> Event:
-        self._queues[lane].append(Event(lane))
-        return self._queues[lane][-1]
-
-    def wait(self, lane: str, event: Event) -> None:
-        if (lane, event.lane) not in self._ignored:
-            self._queues[lane].append(Wait(event))
-
-    def wait_on_host(self, event: Event) -> None:
-        if ("host", event.lane) not in self._ignored:
-            while not event.happened:
-                self._step()
-
-    def finish(self) -> None:
-        while any(self._queues.values()):
-            self._step()
-
-    def _step(self) -> None:
-        ready = [
-            lane
-            for lane, queue in self._queues.items()
-            if queue and not (isinstance(queue[0], Wait) and not queue[0].event.happened)
-        ]
-        assert ready, "every lane waits for another"
-        lane = self._random.choices(ready, [self._speeds[lane] for lane in ready])[0]
-        item = self._queues[lane].popleft()
-        if isinstance(item, Event):
-            item.happened = True
-        elif callable(item):
-            item()
+from mergemix_kernels.pinned import Ring, StreamedSum, Unread
 
 
 def check(lanes: LateLanes, streamed: StreamedSum, groups, weights) -> bool:
@@ -147,6 +69,28 @@ def check(lanes: LateLanes, streamed: StreamedSum, groups, weights) -> bool:
 
 
 PLACES = ["pageable", "pinned", "device"]
+
+
+def streamed_sum(lanes: LateLanes, groups, ring: Ring) -> StreamedSum:
+    """With the sources whose place is "nowhere" shown as `meta` tensors, and read when they are needed."""
+
+    def shown(source: torch.Tensor) -> torch.Tensor:
+        if lanes.where(source) != "nowhere":
+            return source
+        whole = torch.empty(source.untyped_storage().nbytes() // source.element_size(), dtype=source.dtype)
+        return whole.to("meta").as_strided(source.shape, source.stride(), source.storage_offset())
+
+    def read(parts: Sequence[Unread]) -> None:
+        for part in parts:
+            view, source = part.view, groups[part.group][0][part.source]
+            assert part.into.is_contiguous()
+            part.into.copy_(source.as_strided(view.shape, view.stride(), view.storage_offset()))
+
+    return StreamedSum(
+        [([shown(source) for source in sources], outs) for sources, outs in groups], ring, read
+    )
+
+
 LAYOUTS: list[Callable[[torch.Tensor], torch.Tensor]] = [
     lambda whole: whole[:, ::2].clone(),
     lambda whole: whole[:, ::2],
@@ -160,20 +104,22 @@ def test_any_mix_of_places_strides_and_dtypes_equals_the_reference(data):
     lanes = LateLanes(data.draw(st.integers(0, 1 << 20)))
     source_count, outputs = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
 
-    def tensor(rows: int, columns: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    def tensor(rows: int, columns: int, dtype: torch.dtype, seed: int, places: list[str]) -> torch.Tensor:
         whole = numbers(dtype, rows * columns * 2, seed).view(rows, columns * 2)
-        return lanes.put(data.draw(st.sampled_from(LAYOUTS))(whole), data.draw(st.sampled_from(PLACES)))
+        return lanes.put(data.draw(st.sampled_from(LAYOUTS))(whole), data.draw(st.sampled_from(places)))
 
     groups = []
     for g in range(data.draw(st.integers(1, 4))):
         rows, columns = data.draw(st.integers(0, 40)), data.draw(st.integers(1, 40))
         dtype = DTYPES[data.draw(st.sampled_from(list(DTYPES)))]
         of_out = data.draw(st.sampled_from([dtype, dtype, torch.bfloat16, torch.float32]))
-        sources = [tensor(rows, columns, dtype, 10 * g + k) for k in range(source_count)]
-        groups.append((sources, [tensor(rows, columns, of_out, 7) for _ in range(outputs)]))
+        sources = [
+            tensor(rows, columns, dtype, 10 * g + k, [*PLACES, "nowhere"]) for k in range(source_count)
+        ]
+        groups.append((sources, [tensor(rows, columns, of_out, 7, PLACES) for _ in range(outputs)]))
     slot_bytes = 256 * (source_count + outputs) * data.draw(st.integers(1, 6))
     slots = data.draw(st.integers(1, 3))
-    streamed = StreamedSum(groups, Ring(lanes, slot_bytes=slot_bytes, slots=slots))
+    streamed = streamed_sum(lanes, groups, Ring(lanes, slot_bytes=slot_bytes, slots=slots))
     one = st.sampled_from([0.0, 0.25, -1.0, 1 / 3])
     for _ in range(2):
         row = st.lists(one, min_size=source_count, max_size=source_count).filter(any)
@@ -192,7 +138,7 @@ def scenario(seed: int, ignored: frozenset[tuple[str, str]], place: str, out_pla
             lanes.put(layout(numbers(torch.float32, 1600, 10 * g + k).view(20, 80)), place) for k in range(2)
         ]
         groups.append((sources, [lanes.put(poisoned(20, 40, dtype=torch.float32), out_place)]))
-    streamed = StreamedSum(groups, Ring(lanes, slot_bytes=3 * 512, slots=2))
+    streamed = streamed_sum(lanes, groups, Ring(lanes, slot_bytes=3 * 512, slots=2))
     return all(check(lanes, streamed, groups, [[0.5, w]]) for w in (0.25, 2.0))
 
 
@@ -218,6 +164,34 @@ NEEDED = {
 def test_every_wait_is_needed_and_together_they_suffice(wait, places):
     assert all(scenario(seed, frozenset(), *places) for seed in SEEDS)
     assert not all(scenario(seed, frozenset([wait]), *places) for seed in SEEDS)
+
+
+def test_nothing_is_read_into_memory_that_is_still_copied_from():
+    wait = ("host", "in")
+    assert all(scenario(seed, frozenset(), "nowhere", "device") for seed in SEEDS)
+    assert not all(scenario(seed, frozenset([wait]), "nowhere", "device") for seed in SEEDS)
+
+
+def test_what_cannot_be_read_ends_the_call_and_the_next_one_is_right():
+    lanes = LateLanes(3)
+    sources = [lanes.put(numbers(torch.bfloat16, 5000, k), "nowhere") for k in range(2)]
+    out = lanes.put(poisoned(5000, dtype=torch.bfloat16), "device")
+    groups = [(sources, [out])]
+    streamed = streamed_sum(lanes, groups, Ring(lanes, slot_bytes=3 * 1024, slots=2))
+    read, calls = streamed._read, []
+
+    def fail(parts: Sequence[Unread]) -> None:
+        calls.append(parts)
+        if len(calls) == 4:
+            raise OSError("injected")
+        read(parts)
+
+    streamed._read = fail
+    with pytest.raises(OSError, match="injected"):
+        streamed([[0.5, 0.25]])
+    assert check(lanes, streamed, groups, [[0.5, 0.25]])
+    with pytest.raises(ValueError, match="need `read`"):
+        StreamedSum([([torch.empty(4, device="meta")], [torch.ones(4)])], Ring(lanes, slot_bytes=1 << 12))
 
 
 def test_a_source_of_weight_zero_is_neither_staged_nor_copied():

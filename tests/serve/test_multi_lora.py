@@ -17,8 +17,8 @@ from mergemix.errors import ConfigError, EngineError, NonFiniteError
 from mergemix.merge import merge_to_directory
 from mergemix.mixture import Mixture
 from mergemix.serve import multi_lora, multi_lora_adapter
-from mergemix.serve.engine import Generate, Generated, Likelihood, LogLikelihood, Output, Request
-from mergemix.serve.multi_lora import MultiLoraEngine, MultiLoraSpec
+from mergemix.serve.engine import EngineSpec, Generate, Generated, Likelihood, LogLikelihood, Output, Request
+from mergemix.serve.multi_lora import MultiLoraEngine
 from tests.checkpoints.adapter_files import change_tensors, factors, product, write_adapter_files
 from tests.checkpoints.peft_adapters import write_adapter
 from tests.serve.conformance import PAIRS, PROMPTS, Reference, check_answers, check_likelihoods
@@ -78,7 +78,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 @pytest.fixture(scope="module")
 def engine(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MultiLoraEngine]:
     log = tmp_path_factory.mktemp("logs") / "engine.log"
-    spec = MultiLoraSpec(family, max_model_len=MAX_POSITIONS, log=log, in_flight=IN_FLIGHT)
+    spec = EngineSpec(family, max_model_len=MAX_POSITIONS, log=log, lora_in_flight=IN_FLIGHT)
     with MultiLoraEngine(spec, Mixture.uniform(family.names)) as engine:
         yield engine
 
@@ -171,6 +171,9 @@ class TestInFlight:
         assert len(held) == IN_FLIGHT
         assert engine.apply(first).bytes_written > 0
         assert engine._loaded[first].number > before.number
+
+    def test_an_evaluator_may_give_it_as_many_at_once(self, engine: MultiLoraEngine) -> None:
+        assert engine.in_flight == IN_FLIGHT
 
     def test_nothing_to_answer(self, engine: MultiLoraEngine, family: Family) -> None:
         assert engine.submit([]) == []
@@ -301,21 +304,21 @@ class TestRefuses:
         paths = make_family(tmp_path, "llama_untied", experts=1)
         family = open_family(str(paths["base"]), {"math": str(paths["math"])})
         with pytest.raises((ConfigError), match=r"math \(.*is a whole checkpoint: fold the adapters"):
-            MultiLoraSpec(family)
+            EngineSpec(family, lora_in_flight=2)
 
     def test_whole_tensors_in_an_adapter(self, tmp_path: Path) -> None:
         settings = {"math": {**SETTINGS["math"], "modules_to_save": ["norm"]}}
         with pytest.raises(
             ConfigError, match=r"math .* brings 'model\.\S*norm\.weight' and 4 more as a whole: fold"
         ):
-            MultiLoraSpec(write_family(tmp_path, settings))
+            EngineSpec(write_family(tmp_path, settings), lora_in_flight=2)
 
     def test_the_output_head(self, tmp_path: Path) -> None:
         settings = {"math": {"target_modules": ["lm_head", "q_proj"], "r": 2}}
         with pytest.raises(
             ConfigError, match=r"changes the output head, and math .* 'lm_head\.weight': fold"
         ):
-            MultiLoraSpec(write_family(tmp_path, settings))
+            EngineSpec(write_family(tmp_path, settings), lora_in_flight=2)
 
     def test_tied_embeddings(self, tmp_path: Path) -> None:
         base = tiny_llama(tmp_path / "base", 0, tied=True)
@@ -326,7 +329,7 @@ class TestRefuses:
         write_adapter_files(tmp_path / "math", parts, ensure_weight_tying=True)
         family = open_family(str(base), {"math": str(tmp_path / "math")})
         with pytest.raises(ConfigError, match=r"embeddings and the output head tied to them.*fold"):
-            MultiLoraSpec(family)
+            EngineSpec(family, lora_in_flight=2)
 
     def test_ranks_beyond_vllms(self, tmp_path: Path) -> None:
         base = tiny_llama(tmp_path / "base", 0, tied=False)
@@ -336,11 +339,17 @@ class TestRefuses:
             write_adapter_files(tmp_path / name, factors(module, (64, 128), rank=rank), rank=rank)
             paths[name] = str(tmp_path / name)
         with pytest.raises(ConfigError, match="add up to 513, and vLLM's LoRA takes at most 512: fold"):
-            MultiLoraSpec(open_family(str(base), paths))
+            EngineSpec(open_family(str(base), paths), lora_in_flight=2)
         family = open_family(str(base), {"math": paths["math"]})
-        assert MultiLoraSpec(family).in_flight == 4
-        with pytest.raises(ConfigError, match="in_flight must be at least 1, but is 0"):
-            MultiLoraSpec(family, in_flight=0)
+        EngineSpec(family, lora_in_flight=4)
+        with pytest.raises(ConfigError, match=r"lora_in_flight must be at least 1.*but is -1"):
+            EngineSpec(family, lora_in_flight=-1)
+
+    def test_what_it_does_not_go_with(self, family: Family) -> None:
+        with pytest.raises(ConfigError, match=r"lora_in_flight 2 needs vLLM.*the engine is hf: take"):
+            EngineSpec(family, "hf", lora_in_flight=2)
+        with pytest.raises(ConfigError, match=r"host_cache keeps weights for swaps.*leave one"):
+            EngineSpec(family, host_cache=5, lora_in_flight=2)
 
 
 def test_ranks_that_vllm_allows() -> None:
