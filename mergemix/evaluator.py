@@ -16,7 +16,8 @@ from mergemix.serve.engine import Engine, Swap
 class Evaluation:
     """What one candidate gave. timings: seconds by stage (swap_s, generate_s, score_s). swap: what the swap moved.
 
-    start_s: seconds that an engine took to start for it, mostly 0. failure: why there are no results.
+    start_s: seconds that an engine took to start for it, mostly 0. failure: why there are no results. together: how
+    many were answered at once, this one among them.
     """
 
     mixture: Mixture
@@ -26,6 +27,7 @@ class Evaluation:
     start_s: float = 0.0
     failure: str | None = None
     swap: Swap | None = None
+    together: int = 1
 
 
 class LocalEvaluator:
@@ -105,6 +107,8 @@ def _attempt(engine: Engine, mixtures: Sequence[Mixture], suite: Suite, start_s:
         "score_s": (time.perf_counter() - answered) / count,
     }
     return [
-        Evaluation(mixture, tuple(results), timings, engine.proven, start_s * (k == 0), swap=swap)
+        Evaluation(
+            mixture, tuple(results), timings, engine.proven, start_s * (k == 0), swap=swap, together=count
+        )
         for k, (mixture, results) in enumerate(zip(mixtures, scored, strict=True))
     ]

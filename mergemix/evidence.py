@@ -83,11 +83,14 @@ class Evidence:
                     evaluation.mixture, repeat=repeat, origin=origin, reason=evaluation.failure
                 )
                 self._tell(record, 0.0)
+                self._previous_end = time.perf_counter()
                 continue
             # From the end of one candidate to the end of the next: so storing the one before, telling the user
             # and asking the search are counted, not only what happens around the engine.
             end = time.perf_counter()
             seconds = end - self._previous_end - evaluation.start_s
+            # Of several answered together, all but the first come at once: what each took is what counts.
+            seconds = max(seconds / evaluation.together, sum(evaluation.timings.values()))
             self._previous_end = end
             overhead_s = seconds - evaluation.timings["generate_s"]
             record = self.study.record(

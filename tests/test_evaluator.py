@@ -29,7 +29,9 @@ SLOW_S = 0.05
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     directory = tmp_path_factory.mktemp("bench")
     return Suite(
-        load_benchmarks([write_benchmark(directory, "words", 3, random.Random(0), metric="loglikelihood")])
+        load_benchmarks(
+            [str(write_benchmark(directory, "words", 3, random.Random(0), metric="loglikelihood"))]
+        )
     )
 
 

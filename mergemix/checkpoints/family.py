@@ -15,9 +15,10 @@ from typing import Any
 from mergemix.checkpoints.adapter import Adapter, LowRankDelta, is_adapter, open_adapter
 from mergemix.checkpoints.adapter_fit import fit_adapter
 from mergemix.checkpoints.checkpoint import Checkpoint, locate, open_checkpoint, read_checkpoint
+from mergemix.checkpoints.files import FileIdentity, check_unchanged
 from mergemix.checkpoints.header import TensorInfo
 from mergemix.checkpoints.strict_json import shown
-from mergemix.errors import ConfigError, FamilyError
+from mergemix.errors import CheckpointError, ConfigError, FamilyError
 from mergemix.mixture import SUM_TOLERANCE, Mixture
 
 REQUIRED_KEYS = ("model_type", "architectures")
@@ -118,6 +119,17 @@ class Family:
         """
         expert = position - (len(self.members) - len(self.experts))
         return _fp32(self.names[expert], mixture.weights[expert] * scale)
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError when a local file is not the one that was opened: scores would be of other weights."""
+        for path, identity in {(t.path, t.file) for member in self.members for t in _stored(member)}:
+            if not isinstance(identity, FileIdentity):
+                continue
+            try:
+                with path.open("rb") as file:
+                    check_unchanged(path, file.fileno(), identity)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
     def check_groups(self, mixture: Mixture) -> None:
         """Raise ConfigError for a layer group with a pattern that no tensor's name matches."""
@@ -288,3 +300,11 @@ def _fp32(name: str, coefficient: float) -> float:
 
 def _named(checkpoint: Checkpoint) -> str:
     return f"{checkpoint.name} ({checkpoint.source})"
+
+
+def _stored(member: Checkpoint | Adapter) -> Iterator[TensorInfo]:
+    """Every tensor of a member's files."""
+    yield from member.tensors.values()
+    if isinstance(member, Adapter):
+        for delta in member.deltas.values():
+            yield from (delta.down, delta.up)

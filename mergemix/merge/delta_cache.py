@@ -138,8 +138,20 @@ def _segments(place: Path) -> Iterator[Path]:
 def _open_locked(path: Path) -> int:
     """The file of that name, made if need be, with a shared lock on it."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise ConfigError(
+                f"the host cache's shared memory {path} cannot be opened ({error.strerror}): remove it, or leave the "
+                "host cache out"
+            ) from error
+        try:
+            found = os.fstat(descriptor)
+            if found.st_uid != os.getuid() or found.st_mode & 0o077:
+                raise ConfigError(
+                    f"the host cache's shared memory {path} belongs to somebody else, who could put other weights "
+                    "there: remove it, or leave the host cache out"
+                )
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             if _is_named(path, descriptor):
                 return descriptor

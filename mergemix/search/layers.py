@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -20,8 +21,8 @@ def layer_groups(spec: str, tensors: Iterable[str]) -> tuple[Patterns, ...]:
     in no group (embeddings, the last norm, the head) keeps the overall weights.
     Raises ConfigError for more groups than layers, and for text that is neither.
     """
-    spec = spec.strip()
-    if spec.isdigit():
+    spec, tensors = spec.strip(), list(tensors)
+    if spec.isdecimal() and spec.isascii():
         return _runs(int(spec), tensors)
     groups: dict[str, Patterns] = {}
     for part in spec.split(","):
@@ -35,7 +36,29 @@ def layer_groups(spec: str, tensors: Iterable[str]) -> tuple[Patterns, ...]:
         if name in groups:
             raise ConfigError(f"layer groups must have different names, but {name!r} is given twice")
         groups[name] = patterns
+    _check_hold(groups, tensors)
     return tuple(groups.values())
+
+
+def _check_hold(groups: Mapping[str, Patterns], tensors: Sequence[str]) -> None:
+    """Raise ConfigError for a pattern that no tensor matches, and for a group of which earlier ones hold everything."""
+    taken: set[str] = set()
+    for name, patterns in groups.items():
+        held: set[str] = set()
+        for pattern in patterns:
+            matching = set(fnmatch.filter(tensors, pattern))
+            if not matching:
+                raise ConfigError(
+                    f"layer groups must hold tensors of the model, but {pattern!r} of {name!r} matches none of its "
+                    f"{len(tensors)}, such as {tensors[len(tensors) // 2]!r}"
+                )
+            held |= matching
+        if held <= taken:
+            raise ConfigError(
+                f"layer groups must hold tensors of their own, but all of {name!r} are in groups before it: "
+                "a tensor belongs to the first that matches"
+            )
+        taken |= held
 
 
 def _runs(count: int, tensors: Iterable[str]) -> tuple[Patterns, ...]:

@@ -110,6 +110,13 @@ class EngineSpec:
                 "lora_in_flight must be at least 1, or 0 to fold adapters into the weights, but is "
                 f"{self.lora_in_flight}"
             )
+        if self.kind == "hf":
+            for key, default in (("tensor_parallel_size", 1), ("device_cache", 0), ("host_cache", 0)):
+                if getattr(self, key) != default:
+                    raise ConfigError(
+                        f"{key} is for vLLM, and with the engine hf it must be {default}, but is "
+                        f"{getattr(self, key)}: leave it out, or take --engine vllm"
+                    )
         if self.lora_in_flight:
             self._check_multi_lora()
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergemix.errors import ConfigError, EngineError, MergeMixError, PoisonedEngineError
+from mergemix.errors import CheckpointError, ConfigError, EngineError, MergeMixError, PoisonedEngineError
 from mergemix.mixture import Mixture
 from mergemix.serve import multi_lora_adapter as adapters
 from mergemix.serve.engine import Engine, EngineSpec, Output, Request, Swap
@@ -43,12 +43,13 @@ class MultiLoraEngine(Engine):
 
     On a GPU each takes memory for factors of the largest rank that a mixture can have. More may be submitted together:
     they then wait for each other.
-    Each adapter that vLLM loads is compared with what was written before any request uses it, so `proven` holds from
-    the start. An engine whose process died is poisoned.
+    Each adapter that vLLM loads is compared with what was written before any request uses it: an engine is `proven`
+    while the numbers of all of them were, and not their names only (as with tensor parallelism).
+    An engine whose process died is poisoned.
     """
 
     kind = "vllm"
-    proven = True
+    proven = True  # of no adapter at all
 
     def __init__(self, spec: EngineSpec, initial: Mixture) -> None:
         """Start vLLM on the base, and apply `initial`.
@@ -66,9 +67,10 @@ class MultiLoraEngine(Engine):
             self._process = EngineProcess(EngineLog(spec.log), HOST_MODULE)
             started = self._process.call("start", multi_lora_args(spec, initial))
             self.apply(initial)
+            self._family.check_unchanged()
         except BaseException as error:
             self.close()
-            if isinstance(error, MergeMixError) and not isinstance(error, ConfigError):
+            if isinstance(error, MergeMixError) and not isinstance(error, (ConfigError, CheckpointError)):
                 raise EngineError(f"vLLM did not start: {error}") from error
             raise
         self.version: str = started["version"]
@@ -119,12 +121,13 @@ class MultiLoraEngine(Engine):
         number = self._count
         directory = self._directory / f"mixture-{number}"
         written = adapters.write_mixture(self._family, mixture, directory)
-        problems = self._call(process, "add_adapter", number, str(directory))
+        problems, compared = self._call(process, "add_adapter", number, str(directory))
         if problems:
             shutil.rmtree(directory, ignore_errors=True)
             raise EngineError(
                 f"vLLM does not apply the adapter of {mixture} as it is: {'; '.join(problems[:3])}"
             )
+        self.proven = self.proven and compared
         self._loaded[mixture] = _Loaded(number, directory)
         return written.nbytes
 

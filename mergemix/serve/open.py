@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from mergemix.errors import ConfigError, EngineError, ProofError
 from mergemix.mixture import Mixture
 from mergemix.serve.engine import Engine, EngineSpec
-from mergemix.serve.proof import distance, probe, prove
+from mergemix.serve.proof import distance, known_problems, probe, prove
 from mergemix.serve.restarting import RestartingEngine
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def start_engine(spec: EngineSpec, initial: Mixture) -> Engine:
         return VllmEngine(spec, initial)
     from mergemix.serve.hf_engine import HfEngine
 
-    return HfEngine(spec, initial)
+    return HfEngine(replace(spec, kind="hf"), initial)  # which refuses what is for vLLM
 
 
 def open_engine(spec: EngineSpec, initial: Mixture) -> Engine:
@@ -60,23 +61,27 @@ def open_engine(spec: EngineSpec, initial: Mixture) -> Engine:
     engine = start_engine(spec, initial)
     if spec.lora_in_flight:
         return engine
-    if spec.verify_swaps == "never":
-        log.warning(
-            "live swaps are not verified (verify_swaps is never): no score of this engine is proven to be right"
-        )
-        return engine
     evidence = None
+    unverified = spec.verify_swaps == "never"
     try:
-        evidence = prove(engine, initial)
-        problems: Sequence[str] = evidence.problems
+        if unverified:
+            problems: Sequence[str] = known_problems(engine)
+        else:
+            evidence = prove(engine, initial)
+            problems = evidence.problems
         if not problems:
-            engine.proven = True
+            engine.proven = not unverified
+            if unverified:
+                log.warning(
+                    "live swaps are not verified (verify_swaps is never): no score of this engine is proven to be right"
+                )
             return engine
     except EngineError as error:
         problems = [str(error)]
-    finally:
-        if not engine.proven:
-            engine.close()
+    except BaseException:
+        engine.close()
+        raise
+    engine.close()
     log.warning(
         "live swaps are not right with this model, so every candidate gets a fresh engine, which is slow: %s",
         "; ".join(problems[:SHOWN_PROBLEMS]),

@@ -14,6 +14,7 @@ from itertools import count
 import numpy as np
 import torch
 
+from mergemix import __version__
 from mergemix.checkpoints.adapter import fingerprint
 from mergemix.checkpoints.family import Family
 from mergemix.merge.delta_cache import TIERS
@@ -173,10 +174,10 @@ class SwapPlan:
             else:
                 self._write_on_gpu(gpu, write, used)
         self._sums.cpu.write(sums)
-        self.cache.mark_filled(filled & (self._tier != TIERS.index("disk"))[:, None])
         if read["disk"]:
-            self._sums.reader.check_unchanged()
+            self._sums.reader.check_unchanged()  # before other engines may use what was read
             self._sums.reader.let_go()  # between swaps the system may take the page cache for itself
+        self.cache.mark_filled(filled & (self._tier != TIERS.index("disk"))[:, None])
         for write in change.writes:
             self._live[write.copies] = self._value(write.numbers)
         self._intact[rows] = True
@@ -313,11 +314,14 @@ def _device(copies: Sequence[Copy]) -> torch.device:
 
 
 def _contents(family: Family, sizes: CacheSizes) -> list[str]:
-    """What the operands' files hold, as far as can be told without reading them, and which files these are."""
+    """Of each operand what its files hold, as far as can be told without reading them, and which files these are."""
     if not sizes.host:
         return []
-    files = {(str(t.path), str(t.file)) for member in family.members for t in member.tensors.values()}
-    return [*map(fingerprint, family.members), *map(str, sorted(files))]
+    contents = [__version__]  # another one may lay slots out differently
+    for member in family.members:
+        files = {(str(tensor.path), str(tensor.file)) for tensor in member.tensors.values()}
+        contents += [f"operand {fingerprint(member)}", *map(str, sorted(files))]
+    return contents
 
 
 def _one_hot(copy: Copy) -> Numbers:

@@ -45,8 +45,9 @@ class VllmEngine(Engine):
         """Start vLLM on `initial`.
 
         Raises ConfigError for a mixture that the family cannot give, EngineError with vLLM's own reason when it
-        does not start; no process is then left.
+        does not start, CheckpointError when files are not those that the family was opened from; no process is left.
         """
+        remove_stale()  # of processes that had to be killed
         check_mixture(spec.family, initial)
         self._family = spec.family
         self._verify_every = spec.verify_swaps == "every"
@@ -58,6 +59,11 @@ class VllmEngine(Engine):
             self.close()
             if isinstance(error, MergeMixError):
                 raise EngineError(f"vLLM did not start: {error}") from error
+            raise
+        try:
+            spec.family.check_unchanged()  # vLLM opened the files anew
+        except BaseException:
+            self.close()
             raise
         self.version: str = started["version"]
         self.max_model_len: int = started["max_model_len"]

@@ -184,9 +184,15 @@ def _likelihood(answer: Any, num_scored: int) -> Likelihood:
     return Likelihood(total, num_scored, greedy)
 
 
+def open_connection(descriptor: int) -> Connection:
+    """The socket to the parent. Children that vLLM forks do not keep it: the parent would not see this process die."""
+    os.register_at_fork(after_in_child=lambda: os.close(descriptor))
+    return Connection(descriptor)
+
+
 def main() -> None:
     end_with_parent(int(sys.argv[2]))
-    serve(Connection(int(sys.argv[1])), Host())
+    serve(open_connection(int(sys.argv[1])), Host())
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # there is nothing to save, and an interpreter with vLLM inside takes seconds to wind up
