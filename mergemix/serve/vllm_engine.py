@@ -12,7 +12,7 @@ from contextlib import suppress
 from multiprocessing.connection import Pipe
 from typing import Any
 
-from mergemix.errors import EngineError, MergeMixError, PoisonedEngineError
+from mergemix.errors import ConfigError, EngineError, MergeMixError, PoisonedEngineError
 from mergemix.merge.delta_cache import TIERS, remove_stale
 from mergemix.mixture import Mixture
 from mergemix.serve.coefficients import check_mixture
@@ -104,7 +104,9 @@ class VllmEngine(Engine):
         process = self._usable_process()
         try:
             return process.call("submit", list(requests)) if requests else []
-        except PoisonedEngineError:
+        except ConfigError:  # of a request: nothing was asked
+            raise
+        except BaseException:  # whatever else it was, Ctrl-C too, vLLM may still be at it
             self.poisoned = True
             raise
 
@@ -158,7 +160,9 @@ class EngineProcess:
         log.release()
 
     def call(self, method: str, *arguments: object) -> Any:
-        """Raises what the child raised, or PoisonedEngineError when it died."""
+        """Raises what the child raised, or PoisonedEngineError when it died, or still owes an earlier answer."""
+        if self._busy:
+            raise PoisonedEngineError("an earlier call was interrupted: this engine must be rebuilt")
         self._busy = True
         try:
             self._connection.send((method, arguments))

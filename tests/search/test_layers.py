@@ -38,8 +38,8 @@ def test_the_larger_of_two_stacks_of_layers_counts() -> None:
 
 
 def test_patterns_make_groups() -> None:
-    found = layer_groups("attn = *.self_attn.* , mlp=*.mlp.*|*.moe.*", tensors(2))
-    assert found == (("*.self_attn.*",), ("*.mlp.*", "*.moe.*"))
+    found = layer_groups("attn = *.self_attn.* , mlp=*.mlp.*|*.norm.*", tensors(2))
+    assert found == (("*.self_attn.*",), ("*.mlp.*", "*.norm.*"))
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,11 @@ def test_patterns_make_groups() -> None:
         ("attn", "'attn' is neither"),
         ("attn=", "'attn=' is neither"),
         ("=x", "is neither"),
-        ("a=x,a=y", "'a' is given twice"),
+        ("a=*,a=*", "'a' is given twice"),
         ("a=x|", "is neither"),
+        ("²", "is neither"),
+        ("attn=*.self_atn.*", "'*.self_atn.*' of 'attn' matches none of its 11"),
+        ("all=*,mlp=*.mlp.*", "all of 'mlp' are in groups before it"),
     ],
 )
 def test_mistakes(spec: str, said: str) -> None:
