@@ -209,7 +209,7 @@ class TestInFlight:
 
         lose(doubled)
         without_embedding = Mixture(family.names, (0.4, 0.6, 0.0))
-        with pytest.raises(EngineError, match="lora_B add up to"):
+        with pytest.raises(EngineError, match="copies of lora_B are not those of its file"):
             engine.apply(without_embedding)
         monkeypatch.undo()
         assert not engine.poisoned
