@@ -241,3 +241,19 @@ def test_terms_refuse_what_cannot_be_summed(mixed: Family, tmp_path: Path) -> No
     family = open_family(None, {"math": str(write_checkpoint(tmp_path / "m", random_tensors(SHAPES, 0)))})
     with pytest.raises(ConfigError, match=r"the weights sum to 0\.5, not 1.*give --base"):
         family.terms("norm", Mixture(("math",), (0.5,)))
+
+
+def test_a_family_knows_when_a_file_of_it_is_another_one(tmp_path: Path) -> None:
+    sources = {
+        name: str(write_checkpoint(tmp_path / name, random_tensors(SHAPES, seed), shards=2))
+        for seed, name in enumerate(["math", "code"])
+    }
+    family = open_family(None, sources)
+    family.check_unchanged()
+    path = family.experts[1].tensors["norm"].path
+    path.write_bytes(path.read_bytes())
+    with pytest.raises(CheckpointError, match=rf"{path} was changed"):
+        family.check_unchanged()
+    path.unlink()
+    with pytest.raises(CheckpointError, match=rf"cannot read {path}"):
+        family.check_unchanged()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from mergemix.checkpoints.family import Family, open_family
-from mergemix.errors import ConfigError
+from mergemix.errors import CheckpointError, ConfigError
 from mergemix.merge import delta_cache
 from mergemix.mixture import Mixture
 from mergemix.serve.operand_cache import CacheSizes
@@ -151,3 +152,31 @@ def test_a_full_shared_memory_is_refused_and_less_is_still_to_be_had(
     assert 0 < plan.cache.assigned["host"] <= 80_000
     assert swap(plan, 0.4, 0.1, 0.5)["host"] > 0
     plan.close()
+
+
+def test_what_was_read_from_a_file_that_changed_is_not_for_others(tmp_path: Path) -> None:
+    family = make_family(tmp_path / "family")
+    first, second = loaded(family), loaded(family)
+    path = family.experts[1].root / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-4:] = b"\x00\x00\x80\x40"
+    with path.open("r+b") as file:
+        file.write(data)
+    with pytest.raises(CheckpointError, match="was changed"):
+        first.write(first.change_to(Mixture(NAMES, (0.2, 0.5, 0.3))))
+    second.cache.refresh()
+    assert not second.cache.filled.any()
+    first.close()
+    second.close()
+
+
+def test_experts_that_change_places_do_not_share_memory(tmp_path: Path) -> None:
+    family = make_family(tmp_path / "family")
+    math, code, web = family.experts
+    swapped = Family(None, (replace(math, tensors=code.tensors), replace(code, tensors=math.tensors), web))
+    plans = [loaded(family), loaded(swapped)]
+    segments = [plan.cache._segment for plan in plans]
+    assert None not in segments
+    assert len({segment.path for segment in segments if segment is not None}) == 2
+    for plan in plans:
+        plan.close()
