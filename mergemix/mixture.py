@@ -7,12 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any
 
 from mergemix.errors import ConfigError
 
 # A sum this close to one is one: the base then cancels and is not read (design: arithmetic).
 SUM_TOLERANCE = 1e-9
+NO_GROUP = -1  # a tensor that has the mixture's own weights
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class Mixture:
                     raise ConfigError(f"the weight of {name!r} must be a finite number, but is {weight}")
         if any(not group.tensors for group in self.groups):
             raise ConfigError("a layer group must name at least one pattern of tensors")
+
+    @property
+    def patterns(self) -> tuple[tuple[str, ...], ...]:
+        """Of each group: what decides which tensor has which weights. Mixtures of one search share it."""
+        return tuple(group.tensors for group in self.groups)
 
     def at(self, tensor: str) -> Mixture:
         """The weights of one checkpoint tensor, as a mixture without groups."""
@@ -167,6 +174,27 @@ class Mixture:
             return overall
         own = sum(group.weights != self.weights for group in self.groups)
         return f"{overall} ({own} of {len(self.groups)} layer groups differ)"
+
+
+@lru_cache(maxsize=16)
+def tensor_groups(patterns: tuple[tuple[str, ...], ...], tensors: tuple[str, ...]) -> tuple[int, ...]:
+    """For each tensor the number of the first group with a matching pattern, or NO_GROUP.
+
+    Remembered: a search asks for the same at every candidate. Raises ConfigError for a pattern that no tensor matches.
+    """
+    found = [NO_GROUP] * len(tensors)
+    for number, group in enumerate(patterns):
+        for pattern in group:
+            matching = [i for i, name in enumerate(tensors) if fnmatchcase(name, pattern)]
+            if not matching:
+                raise ConfigError(
+                    f"a layer group's pattern must match tensors of the checkpoints, but {pattern!r} matches none of "
+                    f"{len(tensors)} such as {tensors[len(tensors) // 2]!r}: correct it, or leave it out"
+                )
+            for i in matching:
+                if found[i] == NO_GROUP:
+                    found[i] = number
+    return tuple(found)
 
 
 def _shown(names: Sequence[str], weights: Sequence[float]) -> str:

@@ -4,6 +4,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from mergemix_kernels.tiles import Tiling, tiling_for
 
@@ -16,8 +17,6 @@ def compile_for(capability: tuple[int, int], outputs: int, tiling: Tiling | None
     tiling: by default the one for GPUs of that compute capability. Raises FileNotFoundError or
     subprocess.CalledProcessError when the disassembler that Triton brings is missing or fails.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from mergemix_kernels import triton_kernels
@@ -27,7 +26,15 @@ def compile_for(capability: tuple[int, int], outputs: int, tiling: Tiling | None
     signature = {"table": "*i64", "row_length": "i32", "tile_group": "*i32", "tiles": "i32", "terms": "*i32"}
     signature |= {"active": "i32"} | dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=triton_kernels.weighted_sum_kernel, signature=signature, constexprs=constants)
-    options = {"num_warps": tiling.warps, "enable_fp_fusion": False}
+    return machine_code(source, capability, tiling.warps)
+
+
+def machine_code(source: Any, capability: tuple[int, int], warps: int) -> dict[str, str]:
+    """ "ptx", "sass" and "resources" of any kernel (a triton ASTSource), as it is launched here: without fused sums."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    options = {"num_warps": warps, "enable_fp_fusion": False}
     compiled = triton.compile(
         source, target=GPUTarget("cuda", 10 * capability[0] + capability[1], 32), options=options
     )

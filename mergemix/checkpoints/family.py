@@ -9,7 +9,6 @@ import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from mergemix.checkpoints.adapter import Adapter, LowRankDelta, is_adapter, open_adapter
@@ -19,7 +18,7 @@ from mergemix.checkpoints.files import FileIdentity, check_unchanged
 from mergemix.checkpoints.header import TensorInfo
 from mergemix.checkpoints.strict_json import shown
 from mergemix.errors import CheckpointError, ConfigError, FamilyError
-from mergemix.mixture import SUM_TOLERANCE, Mixture
+from mergemix.mixture import SUM_TOLERANCE, Mixture, tensor_groups
 
 REQUIRED_KEYS = ("model_type", "architectures")
 # Keys of config.json that do not change the forward pass: where a model came from, how it was trained and loaded,
@@ -133,13 +132,7 @@ class Family:
 
     def check_groups(self, mixture: Mixture) -> None:
         """Raise ConfigError for a layer group with a pattern that no tensor's name matches."""
-        names = self.template.tensors
-        for pattern in (pattern for group in mixture.groups for pattern in group.tensors):
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ConfigError(
-                    f"a layer group's pattern must match tensors of the checkpoints, but {shown(pattern)} matches "
-                    f"none of {len(names)}; the first is called {shown(next(iter(names)))}"
-                )
+        tensor_groups(mixture.patterns, tuple(self.template.tensors))
 
     def check_names(self, mixture: Mixture) -> None:
         """Raise ConfigError for a mixture that is not over the experts."""

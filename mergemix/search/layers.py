@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
 from mergemix.errors import ConfigError
+from mergemix.mixture import tensor_groups
 
 Patterns = tuple[str, ...]
 
@@ -19,7 +19,8 @@ def layer_groups(spec: str, tensors: Iterable[str]) -> tuple[Patterns, ...]:
     spec: "8" divides the numbered layers into 8 runs of neighbours, as equal as can be;
     "attn=*.self_attn.*,mlp=*.mlp.*" names them by patterns of tensor names, "|" between several of one group. What is
     in no group (embeddings, the last norm, the head) keeps the overall weights.
-    Raises ConfigError for more groups than layers, and for text that is neither.
+    Raises ConfigError for more groups than layers, a pattern that matches nothing or a group that earlier ones leave
+    nothing, and for text that is neither.
     """
     spec, tensors = spec.strip(), list(tensors)
     if spec.isdecimal() and spec.isascii():
@@ -36,29 +37,14 @@ def layer_groups(spec: str, tensors: Iterable[str]) -> tuple[Patterns, ...]:
         if name in groups:
             raise ConfigError(f"layer groups must have different names, but {name!r} is given twice")
         groups[name] = patterns
-    _check_hold(groups, tensors)
-    return tuple(groups.values())
-
-
-def _check_hold(groups: Mapping[str, Patterns], tensors: Sequence[str]) -> None:
-    """Raise ConfigError for a pattern that no tensor matches, and for a group of which earlier ones hold everything."""
-    taken: set[str] = set()
-    for name, patterns in groups.items():
-        held: set[str] = set()
-        for pattern in patterns:
-            matching = set(fnmatch.filter(tensors, pattern))
-            if not matching:
-                raise ConfigError(
-                    f"layer groups must hold tensors of the model, but {pattern!r} of {name!r} matches none of its "
-                    f"{len(tensors)}, such as {tensors[len(tensors) // 2]!r}"
-                )
-            held |= matching
-        if held <= taken:
+    held = tensor_groups(tuple(groups.values()), tuple(tensors))
+    for number, name in enumerate(groups):
+        if number not in held:
             raise ConfigError(
                 f"layer groups must hold tensors of their own, but all of {name!r} are in groups before it: "
                 "a tensor belongs to the first that matches"
             )
-        taken |= held
+    return tuple(groups.values())
 
 
 def _runs(count: int, tensors: Iterable[str]) -> tuple[Patterns, ...]:

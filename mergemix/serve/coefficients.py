@@ -3,39 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from mergemix.checkpoints.checkpoint import Checkpoint
 from mergemix.checkpoints.family import Family
-from mergemix.errors import ConfigError
-from mergemix.mixture import Mixture
-
-NO_GROUP = -1  # a tensor that has the mixture's own weights
-
-
-def group_patterns(mixture: Mixture) -> tuple[tuple[str, ...], ...]:
-    """What decides which tensor has which weights; mixtures of one search share it."""
-    return tuple(group.tensors for group in mixture.groups)
-
-
-def tensor_groups(patterns: Sequence[Sequence[str]], tensors: Sequence[str]) -> list[int]:
-    """For each tensor the first group with a matching pattern, or NO_GROUP.
-
-    Raises ConfigError for a pattern that no tensor matches.
-    """
-    found = [NO_GROUP] * len(tensors)
-    for number, group in enumerate(patterns):
-        for pattern in group:
-            matching = [i for i, name in enumerate(tensors) if fnmatchcase(name, pattern)]
-            if not matching:
-                raise ConfigError(
-                    f"a layer group's pattern must match tensors of the checkpoints, but {pattern!r} matches none of "
-                    f"{len(tensors)} such as {tensors[len(tensors) // 2]!r}: correct it, or leave it out"
-                )
-            for i in matching:
-                if found[i] == NO_GROUP:
-                    found[i] = number
-    return found
+from mergemix.mixture import NO_GROUP, Mixture, tensor_groups
 
 
 def group_mixtures(family: Family, mixture: Mixture, groups: Sequence[int]) -> dict[int, Mixture]:
@@ -51,7 +22,7 @@ def group_mixtures(family: Family, mixture: Mixture, groups: Sequence[int]) -> d
 
 def check_mixture(family: Family, mixture: Mixture) -> None:
     """Raise ConfigError for a mixture that the family cannot give."""
-    groups = tensor_groups(group_patterns(mixture), list(family.template.tensors))
+    groups = tensor_groups(mixture.patterns, tuple(family.template.tensors))
     check_weights(family, group_mixtures(family, mixture, groups), groups)
 
 

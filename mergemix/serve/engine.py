@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from mergemix.checkpoints.family import Family
+from mergemix.config import VERIFICATIONS
 from mergemix.errors import ConfigError
 from mergemix.mixture import Mixture
 
@@ -69,9 +70,6 @@ class Swap:
     process_s: float = 0.0
 
 
-VERIFY_SWAPS = ("every", "first", "never")
-
-
 @dataclass(frozen=True)
 class EngineSpec:
     """What an engine serves and how.
@@ -101,9 +99,9 @@ class EngineSpec:
     def __post_init__(self) -> None:
         check_cache_bytes("device_cache", self.device_cache)
         check_cache_bytes("host_cache", self.host_cache)
-        if self.verify_swaps not in VERIFY_SWAPS:
+        if self.verify_swaps not in VERIFICATIONS:
             raise ConfigError(
-                f"verify_swaps must be one of {', '.join(VERIFY_SWAPS)}, but is {self.verify_swaps!r}"
+                f"verify_swaps must be one of {', '.join(VERIFICATIONS)}, but is {self.verify_swaps!r}"
             )
         if self.lora_in_flight < 0:
             raise ConfigError(

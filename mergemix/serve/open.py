@@ -55,7 +55,7 @@ def open_engine(spec: EngineSpec, initial: Mixture) -> Engine:
 
     An engine that serves mixtures as adapters swaps nothing: it compares each adapter as it loads it, whatever
     verify_swaps says. With verify_swaps "never" nothing is proven, and `proven` stays False. When swaps are not right,
-    the engine that is returned starts anew for every mixture instead: slow, never wrong, and its `proven` is False.
+    the engine that is returned starts anew for every mixture instead: slow, and its `proven` is False.
     Raises ConfigError, EngineError (it does not start), ProofError (not even that is right).
     """
     engine = start_engine(spec, initial)

@@ -52,8 +52,8 @@ def prove(engine: Any, initial: Mixture) -> Evidence:
     What the engine offers beyond the protocol is used: `apply_checked` and `describe` (vllm), `checksum` (hf).
     The engine holds `initial` again afterwards. Raises EngineError when the engine fails.
     """
-    described = engine.describe() if hasattr(engine, "describe") else []
-    problems = known_problems(engine)
+    described = _described(engine)
+    problems = _problems(described)
     for name, nbytes in described[0]["uncovered"].items() if described else ():
         log.info("%d bytes of %s are in no checkpoint (padding, as a rule)", nbytes, name)
     first = probe(engine)
@@ -83,8 +83,7 @@ def prove(engine: Any, initial: Mixture) -> Evidence:
 
 def known_problems(engine: Any) -> list[str]:
     """Why a swap would be wrong, as far as the load showed it: nothing is tried."""
-    described = engine.describe() if hasattr(engine, "describe") else []
-    return [problem for rank in described for problem in rank["problems"]]
+    return _problems(_described(engine))
 
 
 def probe(engine: Engine) -> tuple[float, ...]:
@@ -109,6 +108,14 @@ def _apply(engine: Any, mixture: Mixture, *, thorough: bool) -> list[str]:
         return engine.apply_checked(mixture, thorough=thorough)
     engine.apply(mixture)
     return []
+
+
+def _described(engine: Any) -> list[dict[str, Any]]:
+    return engine.describe() if hasattr(engine, "describe") else []
+
+
+def _problems(described: Sequence[dict[str, Any]]) -> list[str]:
+    return [problem for rank in described for problem in rank["problems"]]
 
 
 def _checksum(engine: Any) -> str | None:

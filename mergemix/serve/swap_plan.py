@@ -18,8 +18,8 @@ from mergemix import __version__
 from mergemix.checkpoints.adapter import fingerprint
 from mergemix.checkpoints.family import Family
 from mergemix.merge.delta_cache import TIERS
-from mergemix.mixture import Mixture
-from mergemix.serve.coefficients import check_weights, group_mixtures, group_patterns, tensor_groups
+from mergemix.mixture import Mixture, tensor_groups
+from mergemix.serve.coefficients import check_weights, group_mixtures
 from mergemix.serve.copies import Copy, Makeup, Numbers, numbers_of, used_operands
 from mergemix.serve.cpu_sums import Slot, Sum
 from mergemix.serve.folded_sums import Placed
@@ -233,7 +233,7 @@ class SwapPlan:
         if len(self._values) > MAX_VALUES:
             live = set(self._live.tolist())
             self._values = {key: value for key, value in self._values.items() if value in live}
-        structure = self._structure(group_patterns(mixture))
+        structure = self._structure(mixture.patterns)
         mixtures = group_mixtures(self._family, mixture, structure.groups)
         check_weights(self._family, mixtures, structure.groups)
         values = [
@@ -245,7 +245,7 @@ class SwapPlan:
     def _structure(self, patterns: tuple[tuple[str, ...], ...]) -> _Structure:
         found = self._structures.pop(patterns, None)
         if found is None:
-            tensors = list(self._family.template.tensors)
+            tensors = tuple(self._family.template.tensors)
             groups = tensor_groups(patterns, tensors)
             by_name = dict(zip(tensors, groups, strict=True))
             group = _array(by_name[copy.origin.name] for copy in self.moving)

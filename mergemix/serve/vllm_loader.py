@@ -13,7 +13,7 @@ kept for later swaps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,8 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from mergemix.checkpoints.family import Family, is_adapter_source, open_family
 from mergemix.errors import CheckpointError, ConfigError
-from mergemix.mixture import LayerGroup, Mixture
+from mergemix.merge.mixtures_file import parse_mixture
+from mergemix.mixture import Mixture
 from mergemix.serve.engine import check_cache_bytes
 from mergemix.serve.lazy import LazyMerge
 from mergemix.serve.transforms import Raw, Transformed, Transforms
@@ -132,24 +133,12 @@ def parse_config(extra: Any, model: str) -> LoaderConfig:
         raise ConfigError(f"model_loader_extra_config has no key {unknown[0]!r}; it takes {', '.join(KEYS)}")
     experts = {str(name): str(path) for name, path in extra["experts"].items()}
     names = tuple(experts)
-    mixture = (
-        Mixture.uniform(names)
-        if extra.get("weights") is None
-        else Mixture(names, _weights(names, extra["weights"]))
-    )
-    groups = extra.get("groups") or []
-    if not isinstance(groups, list) or not all(
-        isinstance(group, Mapping) and set(group) == {"tensors", "weights"} for group in groups
-    ):
-        raise ConfigError(
-            f'groups must be a list of {{"tensors": [...], "weights": {{...}}}}, but is {groups!r}'
-        )
-    mixture = replace(
-        mixture,
-        groups=tuple(
-            LayerGroup(_patterns(group["tensors"]), _weights(names, group["weights"])) for group in groups
-        ),
-    )
+    weights = extra.get("weights")
+    given = {
+        "weights": Mixture.uniform(names).as_dict() if weights is None else weights,
+        "groups": extra.get("groups") or [],
+    }
+    mixture = parse_mixture(given, names, "model_loader_extra_config", normalize=False)
     parts = [mixture.weights, *(group.weights for group in mixture.groups)]
     needs_base = any(Mixture(names, weights).base_weight != 0.0 for weights in parts)
     if "base" not in extra and not needs_base:
@@ -157,18 +146,6 @@ def parse_config(extra: Any, model: str) -> LoaderConfig:
     base = extra.get("base", model if needs_base else None)
     caches = {key: check_cache_bytes(key, extra.get(key, 0)) for key in ("device_cache", "host_cache")}
     return LoaderConfig(open_family(base, experts), mixture, **caches)
-
-
-def _weights(names: tuple[str, ...], given: Any) -> tuple[float, ...]:
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"weights must map expert names to numbers, but is {given!r}")
-    return Mixture.of(names, given, normalize=False).weights
-
-
-def _patterns(given: Any) -> tuple[str, ...]:
-    if not isinstance(given, list) or not all(isinstance(pattern, str) for pattern in given):
-        raise ConfigError(f"a group's tensors must be a list of patterns, but is {given!r}")
-    return tuple(given)
 
 
 def _storage(raw: Raw) -> int:

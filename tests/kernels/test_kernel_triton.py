@@ -1,31 +1,15 @@
 """The Triton kernels: correct in the interpreter, and compiled as intended for GPUs that are not here."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from kernel_interpreter import run_interpreted
 
 from mergemix_kernels import ahead_of_time, tiles
 
 
 def test_in_the_interpreter():
-    here = Path(__file__).parent
-    # Without conftest.py, whose imports take longer than these tests.
-    options = ["-q", "--noconftest", "-p", "no:cacheprovider"]
-    finished = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(here / "interpreted_triton.py")],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=here.parents[1],
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert re.search(r"\d+ passed", finished.stdout)
-    assert "skipped" not in finished.stdout
+    run_interpreted("interpreted_triton.py")
 
 
 @pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)

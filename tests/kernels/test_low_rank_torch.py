@@ -1,20 +1,16 @@
 """Sums plus low-rank products of torch matrices: on the CPU, in Triton's interpreter, and as machine code."""
 
-import os
 import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_interpreter import run_interpreted
 from kernel_samples import DTYPES, any_bits, assert_same_bits, numbers, poisoned
 
 from mergemix_kernels import low_rank, reference
-from mergemix_kernels.ahead_of_time import CAPABILITIES
+from mergemix_kernels.ahead_of_time import CAPABILITIES, machine_code
 from mergemix_kernels.low_rank import GroupedLowRankSum, LowRankGroup
 
 
@@ -160,26 +156,11 @@ def test_large_matrices_go_through_bounded_scratch():
 
 
 def test_in_the_interpreter():
-    here = Path(__file__).parent
-    # Without conftest.py, whose imports take longer than these tests.
-    options = ["-q", "--noconftest", "-p", "no:cacheprovider"]
-    finished = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(here / "interpreted_low_rank.py")],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=here.parents[1],
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert re.search(r"\d+ passed", finished.stdout)
-    assert "skipped" not in finished.stdout
+    run_interpreted("interpreted_low_rank.py")
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_machine_code(capability):
-    import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from mergemix_kernels import low_rank_triton
@@ -188,21 +169,8 @@ def test_machine_code(capability):
     signature = {"table": "*i64", "row_length": "i32", "tile_group": "*i32", "tiles": "i32", "terms": "*i32"}
     signature |= {"active": "i32", "starts": "*i32", "ranks": "*i32"} | dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=low_rank_triton.low_rank_kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", 10 * capability[0] + capability[1], 32),
-        options={"num_warps": low_rank_triton.WARPS, "enable_fp_fusion": False},
-    )
-    with tempfile.TemporaryDirectory() as directory:
-        binary = Path(directory) / "kernel.cubin"
-        binary.write_bytes(compiled.asm["cubin"])
-
-        def dump(what: str) -> str:
-            command = [triton.knobs.nvidia.cuobjdump.path, what, str(binary)]
-            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-        sass, resources = dump("-sass"), dump("-res-usage")
-    ptx = compiled.asm["ptx"]
+    code = machine_code(source, capability, low_rank_triton.WARPS)
+    ptx, sass, resources = code["ptx"], code["sass"], code["resources"]
     assert "fma.rn" not in ptx
     assert "FFMA" not in sass
     assert "mul.rn.f32" in ptx, "a product without .rn may be fused by the assembler"
