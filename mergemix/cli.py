@@ -16,7 +16,7 @@ import click
 from rich.console import Console
 
 from mergemix import __version__
-from mergemix.config import ENGINES, NORMALIZATIONS, SEARCHES, VERIFICATIONS, RunConfig, load_config_file
+from mergemix.config import ENGINES, RunConfig, load_config_file
 from mergemix.errors import MergeMixError
 from mergemix.options import (
     NUMBERS,
@@ -28,6 +28,7 @@ from mergemix.options import (
     merging_options,
     no_download_option,
     out_option,
+    run_options,
 )
 
 if TYPE_CHECKING:
@@ -79,44 +80,7 @@ def resumable(study: Path) -> Iterator[None]:
 
 
 @cli.command()
-@experts_option
-@click.option("--base", help="The checkpoint that all experts were trained from; scored as a baseline.")
-@click.option("--bench", multiple=True, help="Benchmark YAML file, or a directory of them. Repeat.")
-@click.option(
-    "--holdout", multiple=True, help="Benchmarks kept from the search; the finalists are scored on them."
-)
-@click.option(
-    "--study", type=click.Path(path_type=Path), help="Directory of the study; the same one resumes it."
-)
-@click.option("--search", type=click.Choice(SEARCHES), help="How mixtures are proposed. Default: cma.")
-@click.option("--budget", type=int, help="Candidates to evaluate, baselines included. Default: 40.")
-@click.option("--seed", type=int, help="Seed of everything random. Default: 0.")
-@click.option("--engine", type=click.Choice(ENGINES), help="auto is vllm where it is installed, else hf.")
-@click.option("--utility", help="macro, one capability, or NAME=W,... over capabilities. Default: macro.")
-@click.option(
-    "--normalize", type=click.Choice(NORMALIZATIONS), help="How benchmark scores are made comparable."
-)
-@click.option("--prior", type=NUMBERS, multiple=True, help="NAME=SHARE,... of a mixture to start from.")
-@click.option("--max-model-len", type=int, help="Longest prompt plus answer in tokens. Default: the model's.")
-@click.option("--tensor-parallel", type=int, help="Ranks of the vllm engine. Default: 1.")
-@click.option(
-    "--layer-groups",
-    metavar="N|NAME=PATTERN,...",
-    help="Search weights of their own for N runs of layers, or for tensors by patterns, with half of the budget.",
-)
-@cache_options
-@click.option(
-    "--verify-swaps",
-    type=click.Choice(VERIFICATIONS),
-    help="Which swaps are compared with the reference; first is the self-test at start. Default: first.",
-)
-@click.option(
-    "--lora-in-flight",
-    type=int,
-    help="Mixtures that vLLM's multi-LoRA answers at once, of LoRA adapters alone. Default: 0, which folds adapters "
-    "into the weights.",
-)
-@click.option("--config", type=click.Path(path_type=Path), help="The same options from a YAML file.")
+@run_options
 @common
 def run(*, console: Console, config: Path | None, **options: Any) -> tuple[dict[str, Any], Any]:
     """Search the mixture of experts that scores best. The same command again resumes it."""
@@ -320,6 +284,9 @@ def generate(
 )
 @click.option("--benchmark", "benchmarks", multiple=True, help="Only this benchmark. Repeat.")
 @click.option("--below", type=float, help="Only items that scored less than this: a candidate's failures.")
+@click.option(
+    "--beside", type=int, help="Show where the one --candidate differs from this one, furthest behind first."
+)
 @common
 def items(
     *,
@@ -328,14 +295,21 @@ def items(
     candidates: tuple[int, ...],
     benchmarks: tuple[str, ...],
     below: float | None,
+    beside: int | None,
 ) -> tuple[dict[str, Any], Any]:
     """Show what every candidate scored, and answered, on every item."""
-    from mergemix.report.items import item_rows
+    if beside is not None and (len(candidates) != 1 or below is not None):
+        raise click.UsageError("--beside N needs exactly one --candidate, and takes no --below.")
+
+    from mergemix.report.items import beside_rows, item_rows
     from mergemix.report.tables import items_table
     from mergemix.study import Study
 
     with Study.read(study) as opened:
-        rows = item_rows(opened, candidates=candidates, benchmarks=benchmarks, below=below)
+        if beside is not None:
+            rows = beside_rows(opened, candidates[0], beside, benchmarks=benchmarks)
+        else:
+            rows = item_rows(opened, candidates=candidates, benchmarks=benchmarks, below=below)
     return {"rows": rows}, items_table(rows)
 
 

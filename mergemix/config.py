@@ -16,7 +16,9 @@ ENGINES = ("auto", "vllm", "hf")
 TEXTS = ("base", "study", "search", "engine", "utility", "normalize", "layer_groups", "verify_swaps")
 WHOLE_NUMBERS = (
     "budget", "seed", "max_model_len", "tensor_parallel", "device_cache", "host_cache", "lora_in_flight",
+    "item_budget",
 )  # fmt: skip
+SWITCHES = ("race", "allow_code_execution")
 RESERVED = ("base", "uniform", "best")
 NORMALIZATIONS = ("raw", "base", "minmax", "zscore")
 VERIFICATIONS = ("first", "every", "never")
@@ -36,9 +38,19 @@ class RunConfig:
     """The shared base: scored as a baseline when given."""
     holdout: tuple[str, ...] = ()
     """Benchmarks that the search never sees; baselines and the best mixture are scored on them at the end."""
+    holdout_share: float = 0.0
+    """Share of each benchmark's items that the search does not see either; finalists are scored on them too."""
+    include_path: tuple[str, ...] = ()
+    """Directories with task files for lm-evaluation-harness."""
+    allow_code_execution: bool = False
+    """Let benchmarks run what models write, in a sandbox."""
     search: str = "cma"
     budget: int = 40
     """Candidates to evaluate, baselines included; the repeat that measures noise comes on top."""
+    item_budget: int | None = None
+    """Answers to items that the search may cost, baselines included; no limit when not given."""
+    race: bool = True
+    """Stop candidates that are clearly worse than the best so far before they have answered all items."""
     seed: int = 0
     engine: str = "auto"
     utility: str = "macro"
@@ -86,10 +98,15 @@ class RunConfig:
             ("device_cache", 0),
             ("host_cache", 0),
             ("lora_in_flight", 0),
+            ("item_budget", 1),
         ):
             value = getattr(self, key)
             if value is not None and value < least:
                 raise ConfigError(f"{key} must be at least {least}, but is {value}")
+        if not 0 <= self.holdout_share <= 0.9:
+            raise ConfigError(
+                f"holdout_share must be from 0 to 0.9 of the items, but is {self.holdout_share}"
+            )
         if self.normalize in ("base", "minmax") and self.base is None:
             raise ConfigError(f"normalize: {self.normalize} needs the base's scores; give --base PATH")
 
@@ -120,7 +137,7 @@ def load_config_file(path: Path) -> dict[str, Any]:
         given["experts"] = {name: _beside(path, source) for name, source in experts.items()}
     if "prior" in given:
         given["prior"] = _mapping_of(given["prior"], (int, float), f"{path}: prior")
-    for key in ("bench", "holdout"):
+    for key in ("bench", "holdout", "include_path"):
         if key in given:
             values = [given[key]] if isinstance(given[key], str) else given[key]
             if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
@@ -139,6 +156,12 @@ def load_config_file(path: Path) -> dict[str, Any]:
     for key in WHOLE_NUMBERS:
         if key in given and (not isinstance(given[key], int) or isinstance(given[key], bool)):
             raise ConfigError(f"{path}: {key} must be a whole number, but is {given[key]!r}")
+    for key in SWITCHES:
+        if key in given and not isinstance(given[key], bool):
+            raise ConfigError(f"{path}: {key} must be true or false, but is {given[key]!r}")
+    share = given.get("holdout_share", 0.0)
+    if not isinstance(share, int | float) or isinstance(share, bool):
+        raise ConfigError(f"{path}: holdout_share must be a number, but is {share!r}")
     for key in TEXTS:
         if key in given and not (isinstance(given[key], str) and given[key]):
             raise ConfigError(f"{path}: {key} must be text, but is {given[key]!r}")

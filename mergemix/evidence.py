@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mergemix.course import Course
 from mergemix.evals.suite import Suite
 from mergemix.evals.utility import Utility
 from mergemix.evaluator import LocalEvaluator
@@ -16,12 +17,16 @@ from mergemix.mixture import Mixture
 from mergemix.serve.engine import Swap
 from mergemix.study import CandidateRecord, Study
 
+# Of fewer items a race asks most before it can tell anything.
+MIN_RACED_ITEMS = 128
+
 
 @dataclass(frozen=True)
 class Progress:
     """One candidate was evaluated and stored.
 
-    done, total: distinct candidates so far and expected. utility: None while unknown or when it failed.
+    done, total: distinct candidates so far and expected. utility: of a stopped candidate its estimate; None while
+    unknown or when it failed.
     best: the highest utility of a mixture so far, stored ones included. seconds: since the one before.
     """
 
@@ -60,7 +65,14 @@ class Evidence:
     """
 
     def __init__(
-        self, study: Study, suite: Suite, pool: LocalEvaluator, observer: Observer, *, expected: int
+        self,
+        study: Study,
+        suite: Suite,
+        pool: LocalEvaluator,
+        observer: Observer,
+        *,
+        expected: int,
+        item_budget: int | None = None,
     ) -> None:
         self.study = study
         self.suite = suite
@@ -68,16 +80,53 @@ class Evidence:
         self._pool = pool
         self._observer = observer
         self._expected = expected
+        self._item_budget = item_budget
+        self._spent: dict[
+            int, int
+        ] = {}  # items that each candidate seen in this run has answered, by its number
+        self._race_seed: int | None = None
+        self._incumbents: dict[
+            int, dict[str, np.ndarray]
+        ] = {}  # item scores of those that answered everything
         self._previous_end = time.perf_counter()
 
-    def collect(self, mixtures: Sequence[Mixture], origin: str, *, repeat: int = 0) -> list[CandidateRecord]:
+    def race(self, seed: int) -> None:
+        """From now on stop candidates of the search that are clearly worse than the best. seed: of the items' order."""
+        self._race_seed = seed
+
+    def collect(
+        self, mixtures: Sequence[Mixture], origin: str, *, repeat: int = 0, searched: bool = False
+    ) -> list[CandidateRecord]:
         """Records of `mixtures`, in their order; those not stored are evaluated now.
 
-        repeat: 0, or 1 to evaluate a mixture again for the noise floor. One transaction a result: a kill
+        repeat: 0, or 1 to evaluate a mixture again for the noise floor. searched: proposed by the search, so that
+        they may be stopped early, and are left out once the item budget is used up. One transaction a result: a kill
         loses at most the candidate in flight.
         """
-        missing = [m for m in dict.fromkeys(mixtures) if self.study.find(m, repeat=repeat) is None]
-        for evaluation in self._pool.evaluate(missing, self.suite):
+        together = [[m] for m in mixtures] if searched and self._item_budget is not None else [list(mixtures)]
+        records = []
+        for group in together:
+            if searched and self.stop():
+                break
+            stored = {m: self.study.find(m, repeat=repeat) for m in group}
+            for record in stored.values():
+                if record is not None:
+                    self._see(record)
+            if missing := [mixture for mixture, record in stored.items() if record is None]:
+                self._evaluate(missing, origin, repeat, searched)
+            records += [self._recall(mixture, repeat) for mixture in group]
+        return records
+
+    def stop(self) -> dict[str, str]:
+        """Why the search must end here, by reason; empty while the item budget is not used up."""
+        spent = sum(self._spent.values())
+        if self._item_budget is None or spent < self._item_budget:
+            return {}
+        return {"item_budget": f"the item budget is used up: {spent} of {self._item_budget} items"}
+
+    def _evaluate(self, mixtures: Sequence[Mixture], origin: str, repeat: int, searched: bool) -> None:
+        courses = self._course if searched and self._race_seed is not None else None
+        for evaluation in self._pool.evaluate(mixtures, self.suite, courses):
             if evaluation.failure is not None:
                 record = self.study.record_failure(
                     evaluation.mixture, repeat=repeat, origin=origin, reason=evaluation.failure
@@ -101,12 +150,32 @@ class Evidence:
                 timings={**evaluation.timings, "overhead_s": overhead_s},
                 swap=_counts(evaluation.swap),
                 proven=evaluation.proven,
+                metrics=self.suite.report(evaluation.results) if evaluation.stopped is None else None,
+                stopped=evaluation.stopped,
             )
+            self._see(record)  # the next one of this batch races against it
             self._tell(record, seconds)
-        return [self._recall(mixture, repeat) for mixture in mixtures]
+
+    def _course(self, mixture: Mixture) -> Course | None:
+        """How a candidate is asked its items; None where nothing is there to race against."""
+        assert self.utility is not None, "a search begins when the baselines are known"
+        assert self._race_seed is not None, "there is a race"
+        if not self._incumbents or self.suite.num_items < MIN_RACED_ITEMS:
+            return None
+        return Course(self.suite, self.utility, list(self._incumbents.values()), mixture, self._race_seed)
+
+    def _see(self, record: CandidateRecord) -> None:
+        """Count a candidate of this run, stored or new: in the same order in every run of the study."""
+        self._spent[record.id] = record.items
+        if record.done and record.repeat == 0 and any(record.mixture.weights):
+            self._incumbents.setdefault(record.id, self.item_scores(record))
+
+    def score_of(self, record: CandidateRecord) -> float | None:
+        """What a search is told: the utility, its estimate where a candidate was stopped early, None when it failed."""
+        return self.utility_of(record) if record.estimate is None else record.estimate.utility
 
     def utility_of(self, record: CandidateRecord) -> float | None:
-        """The utility of a candidate; None when it failed, or while there is no utility yet."""
+        """The utility of a candidate; None when it failed or was stopped, or while there is no utility yet."""
         if self.utility is None or not record.done:
             return None
         return self.utility(record.scores)
@@ -123,13 +192,14 @@ class Evidence:
         done = sum(candidate.repeat == 0 for candidate in self.study.candidates())
         known = [u for candidate in self.mixtures() if (u := self.utility_of(candidate)) is not None]
         best = max(known, default=None)
-        utility = self.utility_of(record)
+        utility = self.score_of(record)
         total = max(done, self._expected)
         self._observer.candidate(Progress(done, total, record, utility, best, seconds))
 
     def _recall(self, mixture: Mixture, repeat: int) -> CandidateRecord:
         record = self.study.find(mixture, repeat=repeat)
         assert record is not None, "every mixture that was collected is stored"
+        self._see(record)
         return record
 
 

@@ -7,14 +7,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mergemix.checkpoints.family import open_family
 from mergemix.checkpoints.strict_json import MAX_FILE_BYTES, parse_object, read_bounded, shown
-from mergemix.errors import CheckpointError, ConfigError, EngineError
+from mergemix.errors import CheckpointError, ConfigError, EngineError, PoisonedEngineError
 from mergemix.merge.mixtures_file import Recipe, read_mixtures
 from mergemix.merge.plan import plan_merge
 from mergemix.mixture import Mixture
@@ -75,7 +75,7 @@ class GenerateConfig:
 def generate(config: GenerateConfig, stage: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Answer all prompts with each mixture in turn, greedily, from one engine; returns mixtures and outputs.
 
-    stage: told what is being done. Raises MergeMixError for everything that a user can mend.
+    A mixture on which the engine breaks is tried once more, on a new one. stage: told what is being done. Raises MergeMixError for everything that a user can mend.
     """
     begin = time.perf_counter()
     recipes, prompts = config.recipes(), read_prompts(config.prompts)
@@ -97,16 +97,24 @@ def generate(config: GenerateConfig, stage: Callable[[str], None] = lambda text:
             host_cache=config.host_cache,
         )
         stage(f"starting {kind}")
-        with open_engine(spec, recipes[0].mixture) as engine:
+        with ExitStack() as engines:
+            engine = engines.enter_context(open_engine(spec, recipes[0].mixture))
+            proven = engine.proven
             for number, recipe in enumerate(recipes, start=1):
                 stage(f"mixture {number} of {len(recipes)}: {recipe.mixture}")
-                answered, texts = _answer(engine, recipe, requests)
+                try:
+                    answered, texts = _answer(engine, recipe, requests)
+                except PoisonedEngineError as error:
+                    stage(f"starting {kind} anew: {error}")
+                    engine.close()
+                    engine = engines.enter_context(open_engine(spec, recipe.mixture))
+                    proven = proven and engine.proven
+                    answered, texts = _answer(engine, recipe, requests)
                 mixtures.append(answered)
                 outputs += [
                     {"name": recipe.name, **recipe.mixture.describe(), "prompt": prompt, **text}
                     for prompt, text in zip(prompts, texts, strict=True)
                 ]
-            proven = engine.proven
     return {
         "engine": kind,
         "proven": proven,

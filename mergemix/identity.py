@@ -34,6 +34,7 @@ def identify(config: RunConfig, family: Family, suite: Suite, search: Search, en
         "max_model_len": config.max_model_len,
         "tensor_parallel": config.tensor_parallel,
         "lora_in_flight": config.lora_in_flight > 0,
+        "race": config.race,
         "utility": config.utility,
         "normalize": config.normalize,
         **search.identity,
@@ -53,16 +54,17 @@ def check_suites(config: RunConfig, suite: Suite, holdout: Suite | None) -> None
     except ConfigError as error:
         raise ConfigError(f"--holdout: {error}") from None
     seen = {
-        (item.prompt, item.answers): benchmark.name
+        tuple(benchmark.requests(index)): benchmark.name
         for benchmark in suite.benchmarks
-        for item in benchmark.items
+        for index in range(len(benchmark.item_ids))
     }
     for benchmark in holdout.benchmarks:
-        for item in benchmark.items:
-            if (item.prompt, item.answers) in seen:
+        for index, item in enumerate(benchmark.item_ids):
+            asked = tuple(benchmark.requests(index))
+            if asked in seen:
                 raise ConfigError(
-                    f"--holdout: the search must not see held-out items, but item {item.id!r} of {benchmark.source} "
-                    f"is in the benchmark {seen[item.prompt, item.answers]!r} too: take it out of one of them"
+                    f"--holdout: the search must not see held-out items, but item {item!r} of {benchmark.source} "
+                    f"is in the benchmark {seen[asked]!r} too: take it out of one of them"
                 )
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from mergemix.config import ENGINES, NORMALIZATIONS, SEARCHES, VERIFICATIONS
 from mergemix.units import parse_size
 
 Value = TypeVar("Value")
@@ -138,6 +139,106 @@ def merging_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--weights", type=NUMBERS, multiple=True, help="NAME=W,...; experts left out get 0."),
         experts_option,
+    ):
+        command = option(command)
+    return command
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The fields of RunConfig. What is not given is None or ()."""
+    for option in reversed(
+        (
+            experts_option,
+            click.option(
+                "--base", help="The checkpoint that all experts were trained from; scored as a baseline."
+            ),
+            click.option(
+                "--bench",
+                multiple=True,
+                help="Benchmark YAML file, a directory of them, or lm_eval:TASK. Repeat.",
+            ),
+            click.option(
+                "--holdout",
+                multiple=True,
+                help="Benchmarks kept from the search; the finalists are scored on them.",
+            ),
+            click.option(
+                "--holdout-share",
+                type=float,
+                help="Share of each benchmark's items kept from the search too. Default: 0.",
+            ),
+            click.option(
+                "--include-path",
+                multiple=True,
+                help="Directory with lm-evaluation-harness task files. Repeat.",
+            ),
+            click.option(
+                "--allow-code-execution",
+                is_flag=True,
+                default=None,
+                help="Let code benchmarks run answers, in a sandbox.",
+            ),
+            click.option(
+                "--study",
+                type=click.Path(path_type=Path),
+                help="Directory of the study; the same one resumes it.",
+            ),
+            click.option(
+                "--search", type=click.Choice(SEARCHES), help="How mixtures are proposed. Default: cma."
+            ),
+            click.option(
+                "--budget", type=int, help="Candidates to evaluate, baselines included. Default: 40."
+            ),
+            click.option("--item-budget", type=int, help="Answers to items that all of them may cost."),
+            click.option(
+                "--race/--no-race",
+                default=None,
+                help="Whether candidates stop early that are clearly worse than the best. Default: they do.",
+            ),
+            click.option("--seed", type=int, help="Seed of everything random. Default: 0."),
+            click.option(
+                "--engine", type=click.Choice(ENGINES), help="auto is vllm where it is installed, else hf."
+            ),
+            click.option(
+                "--utility", help="macro, one capability, or NAME=W,... over capabilities. Default: macro."
+            ),
+            click.option(
+                "--normalize",
+                type=click.Choice(NORMALIZATIONS),
+                help="How benchmark scores are made comparable.",
+            ),
+            click.option(
+                "--prior", type=NUMBERS, multiple=True, help="NAME=SHARE,... of a mixture to start from."
+            ),
+            click.option(
+                "--max-model-len",
+                type=int,
+                help="Longest prompt plus answer in tokens. Default: the model's.",
+            ),
+            click.option("--tensor-parallel", type=int, help="Ranks of the vllm engine. Default: 1."),
+            click.option(
+                "--layer-groups",
+                metavar="N|NAME=PATTERN,...",
+                help="Search weights of their own for N runs of layers, or for tensors by patterns, with half of the "
+                "budget.",
+            ),
+            cache_options,
+            click.option(
+                "--verify-swaps",
+                type=click.Choice(VERIFICATIONS),
+                help="Which swaps are compared with the reference. Default: first, all of the self-test at start and "
+                "a sample of each later one.",
+            ),
+            click.option(
+                "--lora-in-flight",
+                type=int,
+                help="Mixtures that vLLM's multi-LoRA answers at once, of LoRA adapters alone. Default: 0, which "
+                "folds adapters into the weights.",
+            ),
+            click.option(
+                "--config", type=click.Path(path_type=Path), help="The same options from a YAML file."
+            ),
+        )
     ):
         command = option(command)
     return command

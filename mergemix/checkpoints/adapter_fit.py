@@ -102,7 +102,7 @@ def _absent(adapter: Adapter, base: Checkpoint, name: str) -> str:
 
 def _check_untied(adapter: Adapter, base: Checkpoint, tensor: TensorInfo) -> None:
     """Refuse a change of embeddings that are the output head too, since PEFT applies it to one of the two only."""
-    is_embedding = len(tensor.shape) == 2 and tensor.shape[0] == _vocabulary(base)
+    is_embedding = any(tensor.name == each.name for each in _embeddings(base))
     if is_embedding and _is_tied(base) and not adapter.config.get("ensure_weight_tying"):
         raise FamilyError(
             f"{_named(adapter)} changes tensor {shown(tensor.name)}, which in {_named(base)} is input embeddings and "
@@ -119,8 +119,15 @@ def _is_tied(base: Checkpoint) -> bool:
     told = base.config.get("tie_word_embeddings", _text_config(base).get("tie_word_embeddings"))
     if told is not None:
         return bool(told)
+    return len(_embeddings(base)) == 1
+
+
+def _embeddings(base: Checkpoint) -> list[TensorInfo]:
+    """Matrices of one row per token: embeddings and output head. A layer's may have as many rows by chance."""
     rows = _vocabulary(base)
-    return sum(len(each.shape) == 2 and each.shape[0] == rows for each in base.tensors.values()) == 1
+    found = [each for each in base.tensors.values() if len(each.shape) == 2 and each.shape[0] == rows]
+    unnumbered = [each for each in found if not any(part.isdigit() for part in each.name.split("."))]
+    return unnumbered or found
 
 
 def _vocabulary(base: Checkpoint) -> object:

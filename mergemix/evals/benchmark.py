@@ -12,86 +12,115 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 from mergemix.errors import BenchmarkError, EngineError
-from mergemix.evals import graders
+from mergemix.evals import code
+from mergemix.evals.chat import ChatTemplate
 from mergemix.evals.files import Section, read_records, read_yaml
-from mergemix.evals.graders import Choice, Grader
-from mergemix.evals.items import Item, ItemBuilder, delimiter_after
-from mergemix.serve.engine import Generate, Generated, Likelihood, LogLikelihood, Output, Request
+from mergemix.evals.form_keys import FORM_KEYS, grader_of, read_form
+from mergemix.evals.forms import Form, Generation, ReferenceText
+from mergemix.evals.graders import Code
+from mergemix.evals.items import Item, ItemBuilder
+from mergemix.evals.suite import Benchmark as AnyBenchmark
+from mergemix.evals.suite import Score
+from mergemix.serve.engine import Generated, Likelihood, Output, Request
 
-METRICS = ("accuracy", "loglikelihood")
-DEFAULT_MAX_TOKENS = 256
+LM_EVAL = "lm_eval"
 _KEYS = (
     "name",
     "capability",
     "items",
+    "chat",
+    "system",
     "prompt",
     "answer",
     "delimiter",
     "few_shot",
-    "stop",
-    "max_tokens",
-    "grader",
-    "metric",
+    *FORM_KEYS,
     "limit",
 )
 # Part of every fingerprint: raise it when a change of this code gives the same answers other scores.
-_SCORING_VERSION = 1
+_SCORING_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Context:
+    """What benchmarks need to know of a study.
+
+    root: directory of the checkpoint whose tokenizer and chat template make prompts; None where no benchmark needs one.
+    include_paths: directories with lm-eval task files. allow_code: what a model writes may run, in a sandbox.
+    max_model_len: tokens of prompt plus answer; None is the model's own limit. engine: which will answer. seed: of the
+    study.
+    """
+
+    root: Path | None = None
+    include_paths: Sequence[Path] = ()
+    allow_code: bool = False
+    max_model_len: int | None = None
+    engine: Literal["hf", "vllm"] = "vllm"
+    seed: int = 0
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """Raises BenchmarkError when there is none."""
+        if self.root is None:
+            raise BenchmarkError(
+                "chat: true needs a checkpoint, whose chat template makes the prompt, but none is given"
+            )
+        return ChatTemplate(self.root)
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Items with one way of asking and grading them.
-
-    metric: "accuracy" is the mean grade; "loglikelihood" the mean over items of the log-likelihood of
-    the reference answer after the prompt, in nats, summed over the answer's tokens. Higher is better
-    in both. grader: None for loglikelihood. delimiter: stands between prompt and answer; None is one
-    space, or nothing after a prompt that ends in white space.
-    """
+    """Items with one form of asking and scoring them."""
 
     name: str
     capability: str
-    metric: str
-    grader: Grader | None
+    form: Form
     items: tuple[Item, ...]
-    delimiter: str | None
-    stop: tuple[str, ...]
-    max_tokens: int
-    source: Path
+    source: str
 
-    def requests(self, item: Item) -> list[Request]:
-        """What the engine is asked for one item: a generation, or one log-likelihood per possible answer."""
-        if self.grader is not None and not isinstance(self.grader, Choice):
-            return [Generate(item.prompt, self.max_tokens, self.stop)]
-        answers = item.choices or item.answers
-        return [
-            LogLikelihood(item.prompt, delimiter_after(item.prompt, self.delimiter) + answer)
-            for answer in answers
-        ]
+    @property
+    def metric(self) -> str:
+        return self.form.metric
 
-    def score(self, item: Item, outputs: Sequence[Output]) -> tuple[float, str | None]:
-        """(score, what was answered or None) from the outputs of `requests(item)`, in their order.
+    @property
+    def higher_is_better(self) -> bool:
+        return self.form.higher_is_better
+
+    @property
+    def slow_to_score(self) -> bool:
+        """Scoring waits for other processes, so that several threads, which may call `score` at once, are faster."""
+        return isinstance(self.form, Generation) and isinstance(self.form.grader, Code)
+
+    @property
+    def item_ids(self) -> tuple[str, ...]:
+        return tuple(item.id for item in self.items)
+
+    def requests(self, index: int) -> list[Request]:
+        """What the engine is asked for one item: generations, or log-likelihoods of the possible answers."""
+        return self.form.requests(self.items[index])
+
+    def score(self, index: int, outputs: Sequence[Output]) -> Score:
+        """From the outputs of `requests(index)`, in their order.
 
         Raises EngineError when an output is of the wrong kind or a log-likelihood is not finite: the
         candidate has then failed, which is not the same as a low score.
         """
-        if self.grader is not None and not isinstance(self.grader, Choice):
-            [output] = outputs
-            if not isinstance(output, Generated):
-                raise EngineError(
-                    f"{self.name}: the engine answered a generation with {type(output).__name__}"
-                )
-            return graders.grade(self.grader, output.text, item.answers), output.text
-        logprobs = [self._logprob(item, output) for output in outputs]
-        if self.grader is None:
-            [logprob] = logprobs
-            return logprob, None
-        chosen = item.choices[graders.most_likely(logprobs)]
-        return float(chosen == item.answers[0]), chosen
+        item = self.items[index]
+        if isinstance(self.form, Generation):
+            return self.form.score(item, [self._generated(output) for output in outputs])
+        return self.form.score(item, [self._likelihood(item, output) for output in outputs])
 
-    def _logprob(self, item: Item, output: Output) -> float:
+    def _generated(self, output: Output) -> Generated:
+        if not isinstance(output, Generated):
+            raise EngineError(f"{self.name}: the engine answered a generation with {type(output).__name__}")
+        return output
+
+    def _likelihood(self, item: Item, output: Output) -> Likelihood:
         if not isinstance(output, Likelihood):
             raise EngineError(
                 f"{self.name}: the engine answered a log-likelihood with {type(output).__name__}"
@@ -101,75 +130,100 @@ class Benchmark:
                 f"{self.name}: a log-likelihood must be finite, but is {output.logprob} on item {item.id!r}: "
                 "the merged weights give no usable probabilities"
             )
-        return output.logprob
+        return output
+
+    def report(self, scores: Sequence[Score]) -> dict[str, float]:
+        return self.form.report(self.items, scores) if isinstance(self.form, ReferenceText) else {}
 
     def fingerprint(self) -> str:
         """Hex digest of all that determines the scores, and of nothing else: paths may change."""
-        grader = self.grader and [type(self.grader).__name__, dataclasses.asdict(self.grader)]
-        content = {
-            "version": _SCORING_VERSION,
-            **{
-                key: getattr(self, key)
-                for key in ("name", "capability", "metric", "delimiter", "stop", "max_tokens")
-            },
-            "grader": grader,
-            "items": [[item.id, item.prompt, item.answers, item.choices] for item in self.items],
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        content = [_SCORING_VERSION, self.name, self.capability, self.form, self.items]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=_named_fields).encode()).hexdigest()
 
 
-def load_benchmark(path: Path) -> Benchmark:
+def _named_fields(value: Any) -> list[Any]:
+    """A dataclass with its name, so that two kinds with the same options differ."""
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return [type(value).__name__, fields]
+
+
+def load_benchmark(path: Path, context: Context | None = None) -> Benchmark:
     """Read a benchmark file and its items.
 
-    Raises BenchmarkError naming file, line (of an item) and rule; see docs/benchmarks.md for the keys.
+    Raises BenchmarkError naming file, line (of an item) and rule; see docs/benchmarks.md for the keys. ConfigError for
+    code on a machine that cannot confine it.
     """
+    return _benchmark(read_yaml(path), path, context or Context())
+
+
+def _benchmark(values: dict[str, Any], path: Path, context: Context) -> Benchmark:
     where = str(path)
-    section = Section(read_yaml(path), where, _KEYS)
+    section = Section(values, where, _KEYS)
     name = section.name("name")
     capability = section.name("capability", name)
     if capability == "macro":
         raise BenchmarkError(f"{where}: capability must not be 'macro', which names the default utility")
-    metric = section.choice("metric", METRICS, "accuracy")
-    grader = _grader(section, metric)
-    delimiter = section.spacing("delimiter") if "delimiter" in section else None
+    form = read_form(section, name, context.seed, context.max_model_len)
     limit = section.count("limit", None, least=1)
-
-    builder = ItemBuilder(section, delimiter, grader, metric)
+    grader = grader_of(form)
+    builder = ItemBuilder(section, grader, _chat_template(section, context))
+    if isinstance(grader, Code):
+        code.check_allowed(where, context.allow_code)
     items_path = path.parent / section.text("items")
     records = read_records(items_path)[:limit]
     items = tuple(builder.item(record, items_path) for record in records)
-    return Benchmark(
-        name=name,
-        capability=capability,
-        metric=metric,
-        grader=grader,
-        items=items,
-        delimiter=delimiter,
-        stop=section.texts("stop"),
-        max_tokens=section.count("max_tokens", DEFAULT_MAX_TOKENS, least=1),
-        source=path,
-    )
+    return Benchmark(name, capability, form, items, source=where)
 
 
-def load_benchmarks(specs: Sequence[str]) -> list[Benchmark]:
-    """The benchmarks of all specs, each a benchmark file or a directory of *.yaml files (taken by name).
+def load_benchmarks(specs: Sequence[str], context: Context | None = None) -> list[AnyBenchmark]:
+    """The benchmarks of all specs: benchmark files, directories of *.yaml files (taken by name), or "lm_eval:TASK".
 
-    Raises BenchmarkError for a spec that is neither, an empty directory, or a name used twice.
+    Raises BenchmarkError for a spec that is none of these, an empty directory, or a name used twice; and as
+    `load_benchmark` does.
     """
-    benchmarks: dict[str, Benchmark] = {}
-    for path in [path for spec in specs for path in _benchmark_files(spec)]:
-        benchmark = load_benchmark(path)
+    context = context or Context()
+    benchmarks: dict[str, AnyBenchmark] = {}
+    for benchmark in [benchmark for spec in specs for benchmark in _load(spec, context)]:
         if benchmark.name in benchmarks:
             first = benchmarks[benchmark.name].source
             raise BenchmarkError(
-                f"benchmark names must be unique, but {benchmark.name!r} is in {first} and in {path}"
+                f"benchmark names must be unique, but {benchmark.name!r} is in {first} and in {benchmark.source}"
             )
         benchmarks[benchmark.name] = benchmark
     if not benchmarks:
         raise BenchmarkError(
-            "a search needs at least one benchmark: give --bench FILE.yaml or a directory of them"
+            "a search needs at least one benchmark: give --bench FILE.yaml, a directory of them, or lm_eval:TASK"
         )
     return list(benchmarks.values())
+
+
+def _load(spec: str, context: Context) -> list[AnyBenchmark]:
+    if spec.startswith(f"{LM_EVAL}:"):
+        return _lm_eval(spec, None, context)
+    benchmarks: list[AnyBenchmark] = []
+    for path in _benchmark_files(spec):
+        values = read_yaml(path)
+        if LM_EVAL in values:
+            benchmarks += _lm_eval(str(path), values, context)
+        else:
+            benchmarks.append(_benchmark(values, path, context))
+    return benchmarks
+
+
+def _lm_eval(where: str, values: dict[str, Any] | None, context: Context) -> list[AnyBenchmark]:
+    """Of the text "lm_eval:...", or of the values of the benchmark file `where`."""
+    if context.root is None:
+        raise BenchmarkError(
+            f"{where}: tasks of lm-eval need a checkpoint, whose tokenizer makes the prompts"
+        )
+    from mergemix.evals import lm_eval_tasks  # imports lm-eval, which other benchmarks do without
+
+    spec = lm_eval_tasks.parse_lm_eval(where) if values is None else lm_eval_tasks.lm_eval_spec(values, where)
+    return list(
+        lm_eval_tasks.load_lm_eval(
+            spec, context.include_paths, context.root, context.max_model_len, context.engine
+        )
+    )
 
 
 def _benchmark_files(spec: str) -> list[Path]:
@@ -177,7 +231,8 @@ def _benchmark_files(spec: str) -> list[Path]:
     if not path.is_dir():
         if not path.exists():
             raise BenchmarkError(
-                f"{spec}: a benchmark must be a YAML file or a directory of *.yaml, but there is none"
+                f"{spec}: a benchmark must be a YAML file, a directory of *.yaml, or lm_eval:TASK, but there is "
+                "none"
             )
         return [path]
     files = sorted(path.glob("*.yaml"))
@@ -186,22 +241,10 @@ def _benchmark_files(spec: str) -> list[Path]:
     return files
 
 
-def _grader(section: Section, metric: str) -> Grader | None:
-    """The grader, after checking that no key is given that this way of scoring would not use."""
-    grader = None
-    if metric == "accuracy":
-        if "grader" not in section:
-            known = ", ".join(graders.GRADERS)
-            raise BenchmarkError(
-                f"{section.where}: needs the key 'grader' ({known}), or metric: loglikelihood"
-            )
-        grader = graders.make_grader(section.values["grader"], section.where)
-        if not isinstance(grader, Choice):
-            return grader
-    by = "grader choice" if grader else "metric loglikelihood"
-    for key in ("stop", "max_tokens", *(() if grader else ("grader",))):
-        if key in section:
-            raise BenchmarkError(
-                f"{section.where}: {by} scores log-likelihoods and generates nothing; remove {key!r}"
-            )
-    return grader
+def _chat_template(section: Section, context: Context) -> ChatTemplate | None:
+    if not section.flag("chat"):
+        return None
+    try:
+        return context.chat_template
+    except BenchmarkError as error:
+        raise BenchmarkError(f"{section.where}: {error}") from error

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
+import math
 import re
+import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -189,6 +192,20 @@ class Section:
             raise self.error(key, f"a whole number >= {least}")
         return value
 
+    def number(self, key: str, default: float) -> float:
+        """A finite number."""
+        value = self._get(key, default, "a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.error(key, "a finite number")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        """true or false; absent is false."""
+        value = self._get(key, False, "true or false")
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false")
+        return value
+
     def texts(self, key: str) -> tuple[str, ...]:
         """A list of non-empty texts; a single text is a list of one; absent is empty."""
         value = self._get(key, [], "a list of texts")
@@ -203,3 +220,41 @@ class Section:
         if value not in known:
             raise BenchmarkError(f"{self.where}: unknown {key} {value!r}; {nearest(value, known)}")
         return value
+
+
+Kind = TypeVar("Kind")
+
+
+def make_named(spec: Any, kinds: Mapping[str, type[Kind]], what: str, where: str) -> Kind:
+    """One of `kinds`, from `what: NAME` or `what: {name: NAME, OPTION: VALUE, ...}` in a benchmark file.
+
+    A kind is a dataclass whose fields are the options; it checks their values itself, with ValueError.
+    Raises BenchmarkError on an unknown name or option, or a value of the wrong type or range.
+    """
+    given: Mapping[Any, Any] = spec if isinstance(spec, Mapping) else {"name": spec}
+    name = given.get("name")
+    if not isinstance(name, str) or name not in kinds:
+        raise BenchmarkError(f"{where}: unknown {what} {name!r}; {nearest(name, kinds)}")
+    kind: Any = kinds[name]
+    where = f"{where}: {what} {name}"
+    section = Section(given, where, ["name", *(option.name for option in dataclasses.fields(kind))])
+    options = {key: value for key, value in given.items() if key != "name"}
+    hints = typing.get_type_hints(kind)
+    for option in dataclasses.fields(kind):
+        if option.name in options:
+            _check_type(section, option.name, hints[option.name])
+        elif option.default is dataclasses.MISSING:
+            raise BenchmarkError(f"{where}: needs the option {option.name!r}")
+    try:
+        return typing.cast(Kind, kind(**options))
+    except ValueError as error:
+        raise BenchmarkError(f"{where}: {error}") from None
+
+
+def _check_type(section: Section, key: str, hint: Any) -> None:
+    value = section.values[key]
+    kinds = typing.get_args(hint) or (hint,)
+    accepted = (*kinds, int) if float in kinds else kinds
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
+        rules = {bool: "true or false", str: "text", float: "a number (YAML needs a dot: 1.0e-6)"}
+        raise section.error(key, rules.get(kinds[0], "a number or a name"))

@@ -1,24 +1,23 @@
 """Graders: is this generated text the reference answer?
 
-A grader is a small frozen dataclass: its fields are the options a benchmark file may set, calling it
-with (text, reference) gives the verdict. `choice` is the exception: it grades no text but the
-log-likelihoods of an item's choices, see `most_likely`.
+A grader is a small frozen dataclass: its fields are the options a benchmark file may set. Calling a text grader with
+(text, reference) gives the verdict. `Choice` and `Code` compare with no reference: the one looks at an item's choices,
+the other runs its unit tests.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import decimal
 import math
 import re
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from mergemix.errors import BenchmarkError
-from mergemix.evals.files import Section, nearest
+from mergemix.evals.choices import NORMALIZED_BY
+from mergemix.evals.extract import captured, check_pattern
+from mergemix.evals.files import make_named, nearest
 
 # A sign counts only where it cannot be a minus between two numbers or a hyphen in a word ("3-5" ends in 5).
 # Exponents of more than four digits are no numbers that a benchmark asks for.
@@ -94,22 +93,12 @@ class Regex:
     ignore_case: bool = False
 
     def __post_init__(self) -> None:
-        try:
-            compiled = re.compile(self.pattern)
-        except re.error as error:
-            raise ValueError(
-                f"pattern must be a regular expression, but {self.pattern!r} is not: {error}"
-            ) from None
-        known = [*range(compiled.groups + 1), *compiled.groupindex]
-        if self.group is not None and self.group not in known:
-            raise ValueError(f"group must be one of {known} in {self.pattern!r}, but is {self.group!r}")
+        check_pattern(self.pattern, self.group)
 
     def __call__(self, text: str, reference: str) -> bool:
         match = re.search(self.pattern, text, re.IGNORECASE if self.ignore_case else 0)
-        if match is None:
-            return False
-        captured = match[self.group if self.group is not None else min(1, match.re.groups)]
-        return captured is not None and _same(captured, reference, self.ignore_case)
+        found = None if match is None else captured(match, self.group)
+        return found is not None and _same(found, reference, self.ignore_case)
 
 
 @dataclass(frozen=True)
@@ -126,58 +115,60 @@ class Contains:
 
 @dataclass(frozen=True)
 class Choice:
-    """The likeliest of the item's choices is the reference; nothing is generated."""
+    """One of the item's choices is right.
+
+    by: "likelihood" generates nothing, the likeliest choice is the answer; "generation" shows the choices by letter and
+    reads what the model writes (`choices.chosen`). normalize: what log-likelihoods are divided by (NORMALIZED_BY).
+    """
+
+    by: str = "likelihood"
+    normalize: str = "none"
+
+    def __post_init__(self) -> None:
+        for key, known in (("by", ("likelihood", "generation")), ("normalize", NORMALIZED_BY)):
+            if getattr(self, key) not in known:
+                raise ValueError(
+                    f"unknown {key} {getattr(self, key)!r}; {nearest(getattr(self, key), known)}"
+                )
+        if self.by == "generation" and self.normalize != "none":
+            raise ValueError("normalize is for log-likelihoods, and there are none by: generation; remove it")
 
 
-Grader = Exact | Numeric | Regex | Contains | Choice
+@dataclass(frozen=True)
+class Code:
+    """The program prefix + answer + suffix passes the item's unit tests, in a sandbox.
+
+    tests, prefix, suffix: templates over the item's fields. timeout_s: the most wall time, and CPU time, that one run
+    takes; None is the sandbox's default.
+    """
+
+    tests: str
+    prefix: str = ""
+    suffix: str = ""
+    timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.timeout_s is not None and not 0 < self.timeout_s < math.inf:
+            raise ValueError(f"timeout_s must be a number of seconds > 0, but is {self.timeout_s}")
+
+
+TextGrader = Exact | Numeric | Regex | Contains
+Grader = TextGrader | Choice | Code
 GRADERS: dict[str, type[Grader]] = {
     "exact": Exact,
     "numeric": Numeric,
     "regex": Regex,
     "contains": Contains,
     "choice": Choice,
+    "code": Code,
 }
 
 
 def make_grader(spec: Any, where: str) -> Grader:
-    """A grader from `grader: NAME` or `grader: {name: NAME, OPTION: VALUE, ...}` in a benchmark file.
-
-    Raises BenchmarkError on an unknown name or option, or a value of the wrong type or range.
-    """
-    given: Mapping[Any, Any] = spec if isinstance(spec, Mapping) else {"name": spec}
-    name = given.get("name")
-    if not isinstance(name, str) or name not in GRADERS:
-        raise BenchmarkError(f"{where}: unknown grader {name!r}; {nearest(name, GRADERS)}")
-    kind = GRADERS[name]
-    where = f"{where}: grader {name}"
-    section = Section(given, where, ["name", *(option.name for option in dataclasses.fields(kind))])
-    options = {key: value for key, value in given.items() if key != "name"}
-    hints = typing.get_type_hints(kind)
-    for option in dataclasses.fields(kind):
-        if option.name in options:
-            _check_type(section, option.name, hints[option.name])
-        elif option.default is dataclasses.MISSING:
-            raise BenchmarkError(f"{where}: needs the option {option.name!r}")
-    try:
-        return kind(**options)
-    except ValueError as error:
-        raise BenchmarkError(f"{where}: {error}") from None
+    """A grader from `grader: NAME` or `grader: {name: NAME, OPTION: VALUE, ...}`; errors as `make_named`."""
+    return make_named(spec, GRADERS, "grader", where)
 
 
-def _check_type(section: Section, key: str, hint: Any) -> None:
-    value = section.values[key]
-    accepted = float | int if hint is float else hint
-    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
-        rule = {bool: "true or false", str: "text", float: "a number (YAML needs a dot: 1.0e-6)"}
-        raise section.error(key, rule.get(hint, "a number or a name"))
-
-
-def grade(grader: Grader, text: str, references: Sequence[str]) -> float:
+def grade(grader: TextGrader, text: str, references: Sequence[str]) -> float:
     """1.0 if the text is any of the accepted references, else 0.0."""
-    assert not isinstance(grader, Choice), "choice grades log-likelihoods, not text"
     return float(any(grader(text, reference) for reference in references))
-
-
-def most_likely(logprobs: Sequence[float]) -> int:
-    """Index of the highest log-likelihood; the first one on a tie."""
-    return max(range(len(logprobs)), key=lambda index: logprobs[index])

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jinja2
+from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mergemix.errors import BenchmarkError
@@ -29,6 +30,7 @@ _ENVIRONMENT = ImmutableSandboxedEnvironment(
 class Template:
     """`source` compiled once; `key` (prompt, answer) and `where` (the YAML file) name it in errors.
 
+    fields: names of the item's fields that it may use.
     Raises BenchmarkError when the template does not parse.
     """
 
@@ -37,6 +39,7 @@ class Template:
         match = _SINGLE_FIELD.fullmatch(source)
         self._field = match.group(1) if match else None
         try:
+            self.fields = meta.find_undeclared_variables(_ENVIRONMENT.parse(source))
             self._template = _ENVIRONMENT.from_string(source)
         except jinja2.TemplateError as error:
             raise BenchmarkError(f"{where}: the template {key} does not parse: {error}") from None

@@ -2,7 +2,8 @@
 
 A benchmark's mean score s is normalised to (s - shift) / scale; a capability's score is the mean over
 its benchmarks, the utility a weighted mean over capabilities. So the utility is linear in the
-benchmarks' means, which is what `stats` relies on.
+benchmarks' means, which is what `stats` relies on. Where lower scores are better, the scale is negative: the utility
+is better when higher, always. An item that failed has no score (NaN), which is not a zero: means leave it out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mergemix.errors import ConfigError
+from mergemix.errors import BenchmarkError, ConfigError
 from mergemix.evals.files import nearest
 
 NORMALIZATIONS = ("raw", "base", "minmax", "zscore")
@@ -23,32 +24,45 @@ NEEDS_BASE = ("base", "minmax")
 Scores = Mapping[str, float | np.ndarray]
 
 
-def mean_score(scores: float | np.ndarray) -> float:
-    """Mean of item scores, summed exactly, so in any order; a mean already taken stays as it is."""
-    values = np.atleast_1d(scores).tolist()
-    return math.fsum(values) / len(values)
+def mean_score(scores: float | np.ndarray, name: str | None = None) -> float:
+    """Mean of item scores, NaN left out, summed exactly, so in any order; a mean already taken stays as it is.
+
+    name: of the benchmark, for the error. Raises BenchmarkError when there is no score.
+    """
+    values = np.atleast_1d(scores)
+    known = values[~np.isnan(values)].tolist()
+    if not known:
+        whose = "a benchmark" if name is None else f"benchmark {name!r}"
+        raise BenchmarkError(
+            f"{whose} must have a score for at least one item, but none of its {len(values)} has one: "
+            "look at the errors of its items"
+        )
+    return math.fsum(known) / len(known)
 
 
 @dataclass(frozen=True)
 class Utility:
     """utility = offset + sum over benchmarks b of weights[b] * mean score of b; higher is better.
 
-    Benchmarks that do not count have no weight.
+    Benchmarks that do not count have no weight; those where lower scores are better have a negative one.
     """
 
     weights: dict[str, float]
     offset: float
 
     def __call__(self, scores: Scores) -> float:
-        """The utility of a candidate. Raises KeyError when a benchmark that counts is missing."""
-        terms = (weight * mean_score(scores[name]) for name, weight in self.weights.items())
+        """The utility of a candidate.
+
+        Raises KeyError when a benchmark that counts is missing, BenchmarkError when it has no score.
+        """
+        terms = (weight * mean_score(scores[name], name) for name, weight in self.weights.items())
         return math.fsum((self.offset, *terms))
 
 
 def capability_scores(scores: Scores, capabilities: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """Mean score, not normalised, over the benchmarks of each capability."""
     return {
-        capability: math.fsum(mean_score(scores[name]) for name in names) / len(names)
+        capability: math.fsum(mean_score(scores[name], name) for name in names) / len(names)
         for capability, names in capabilities.items()
     }
 
@@ -96,6 +110,7 @@ def normalizers(
     uniform: Scores | None = None,
     base: Scores | None = None,
     experts: Mapping[str, Scores] | None = None,
+    directions: Mapping[str, int] | None = None,
 ) -> dict[str, tuple[float, float]]:
     """(shift, scale) of each benchmark, from the scores of the reference candidates that were evaluated.
 
@@ -104,15 +119,18 @@ def normalizers(
         minmax  base's score, best single expert's score on the benchmark - base's
         zscore  mean, population standard deviation over uniform, the experts, and the base if given
 
-    A scale that would not be positive is 1: under minmax where no expert beats the base (dividing would
-    turn the benchmark round), under zscore where all references score the same.
+    directions: by benchmark 1 (higher is better, the default) or -1 (lower is better). For -1 the best expert is the
+    lowest, and the scale is negative: -1 under raw and base. A scale that would not have the sign of the direction is
+    the direction: under minmax where no expert beats the base (dividing would turn the benchmark
+    round), under zscore where all references score the same.
 
     Raises ConfigError on an unknown normalisation or when the references it needs are missing.
     """
     if normalize not in NORMALIZATIONS:
         raise ConfigError(f"unknown normalisation {normalize!r}; {nearest(normalize, NORMALIZATIONS)}")
+    sign_of = {name: float((directions or {}).get(name, 1)) for name in benchmarks}
     if normalize == "raw":
-        return dict.fromkeys(benchmarks, (0.0, 1.0))
+        return {name: (0.0, sign) for name, sign in sign_of.items()}
     if normalize in NEEDS_BASE and base is None:
         raise ConfigError(
             f"--normalize {normalize} needs the scores of the base; give --base, or use zscore or raw"
@@ -122,21 +140,21 @@ def normalizers(
             f"--normalize {normalize} needs the scores of the single experts, but none was scored"
         )
     result = {}
-    for name in benchmarks:
-        floor = mean_score(base[name]) if base is not None else None
-        singles = [mean_score(scores[name]) for scores in (experts or {}).values()]
+    for name, sign in sign_of.items():
+        floor = mean_score(base[name], name) if base is not None else None
+        singles = [mean_score(scores[name], name) for scores in (experts or {}).values()]
         if normalize == "zscore":
             references = [
                 *singles,
-                *(mean_score(scores[name]) for scores in (uniform, base) if scores is not None),
+                *(mean_score(scores[name], name) for scores in (uniform, base) if scores is not None),
             ]
             shift, scale = float(np.mean(references)), float(np.std(references))
             # The deviation of equal numbers can come out as a rounding error instead of 0.
-            result[name] = (shift, scale if max(references) > min(references) else 1.0)
+            result[name] = (shift, sign * scale if max(references) > min(references) else sign)
         else:
             assert floor is not None
-            gain = max(singles) - floor if normalize == "minmax" else 1.0
-            result[name] = (floor, gain if gain > 0 else 1.0)
+            gain = max(sign * (score - floor) for score in singles) if normalize == "minmax" else 1.0
+            result[name] = (floor, sign * gain if gain > 0 else sign)
     return result
 
 
@@ -148,11 +166,13 @@ def make_utility(
     uniform: Scores | None = None,
     base: Scores | None = None,
     experts: Mapping[str, Scores] | None = None,
+    directions: Mapping[str, int] | None = None,
 ) -> Utility:
     """The utility that `--utility spec --normalize normalize` means.
 
-    capabilities: names of the benchmarks of each capability (Suite.capabilities). The references are
-    read as `normalizers` says; raw needs none. Raises ConfigError as `parse_utility` and `normalizers` do.
+    capabilities: names of the benchmarks of each capability (Suite.capabilities). The references and the
+    directions are read as `normalizers` says; raw needs no references. Raises ConfigError as `parse_utility`
+    and `normalizers` do, BenchmarkError when a reference has no score on a benchmark.
     """
     shares = parse_utility(spec, list(capabilities))
     shift_scale = normalizers(
@@ -161,6 +181,7 @@ def make_utility(
         uniform=uniform,
         base=base,
         experts=experts,
+        directions=directions,
     )
     weights, shifts = {}, []
     for capability, share in shares.items():

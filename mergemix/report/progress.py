@@ -56,7 +56,7 @@ class RunProgress:
 
     def candidate(self, progress: Progress) -> None:
         record = progress.record
-        if not record.done:
+        if record.status == "failed":
             self._line(f"  {progress.done:>3}/{progress.total} {record.mixture} failed: {record.reason}")
             return
         self._recent.append(progress.seconds)
@@ -70,6 +70,8 @@ class RunProgress:
             note.insert(0, f"best {progress.best:.4g}")
         score = "" if progress.utility is None else f" = {progress.utility:.4g}"
         again = " again" if record.repeat else ""
+        if record.estimate is not None:
+            score = f" about {record.estimate.utility:.4g}, stopped after {record.items} items"
         line = f"  {progress.done:>3}/{progress.total} {record.mixture}{again}{score}"
         if self.console.is_terminal:
             self._bar.update(self._task, completed=progress.done, total=progress.total, note=" | ".join(note))

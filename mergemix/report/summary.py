@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from collections import Counter
@@ -46,17 +47,19 @@ def summarize(
 ) -> dict[str, Any]:
     """The summary that `mergemix run --json` prints (design: command line), from a study that is complete.
 
-    noise_floor: the most that the utility moved when a mixture (the best, uniform) was evaluated a second time.
-    indistinguishable: mixtures whose paired bootstrap interval against the best contains zero, or that are
-    within the noise floor, best first; the best itself is not among them. Intervals are over items only:
+    noise_floor: what two evaluations of one mixture differ by at most, with 95%, as the best one's and uniform's
+    second evaluations show. indistinguishable: mixtures whose paired interval against the best contains zero, or that
+    are within the noise floor, best first; the best itself is not among them. Intervals are over items only:
     the best of many candidates is also lucky, which held-out items show and these intervals do not.
+    uninformative: benchmarks that cannot tell the candidates apart, and why.
     """
     utility = evidence.utility
     assert utility is not None, "a complete study has a utility"
     first = [record for record in evidence.study.candidates() if record.repeat == 0]
     best = best_candidate(evidence)
     best_items = evidence.item_scores(best)
-    noise_floor = _noise_floor(evidence)
+    noise = _engine_noise(evidence)
+    noise_floor = None if noise is None else noise.floor()
     rivals = {record.mixture: record for record in evidence.mixtures() if record.done and record != best}
     rival_items = {mixture: evidence.item_scores(record) for mixture, record in rivals.items()}
     ties = stats.indistinguishable(utility, best_items, rival_items, noise_floor or 0.0)
@@ -66,13 +69,14 @@ def summarize(
         "study": str(evidence.study.directory),
         "engine": engine,
         "candidates": len(first),
-        "failed": sum(not record.done for record in first),
-        "failures": [{**r.mixture.describe(), "reason": r.reason} for r in first if not r.done],
+        "failed": sum(record.status == "failed" for record in first),
+        "failures": [{**r.mixture.describe(), "reason": r.reason} for r in first if r.status == "failed"],
+        "stopped_early": sum(record.status == "stopped" for record in first),
         "stopped": dict(stopped),
         "best": {
             **best.mixture.describe(),
             "utility": utility(best.scores),
-            "interval": list(stats.interval(utility, best_items)),
+            "interval": _limits(*stats.interval(utility, best_items)),
             "capabilities": capability_scores(best.scores, evidence.suite.capabilities),
         },
         "baselines": {
@@ -82,19 +86,26 @@ def summarize(
         "indistinguishable": [
             mixture.describe() if mixture.groups else mixture.as_dict() for mixture in ties
         ],
+        "uninformative": stats.uninformative([best_items, *rival_items.values()]),
         **_without_groups(evidence),
         **_costs(evidence),
     }
 
 
-def _noise_floor(evidence: Evidence) -> float | None:
-    """The largest difference between a candidate's utility and that of its repeat; None without any."""
-    moved = []
+def _engine_noise(evidence: Evidence) -> stats.EngineNoise | None:
+    """From every mixture that was evaluated more than once; None without any."""
+    assert evidence.utility is not None, "a complete study has a utility"
+    pairs = []
     for again in evidence.study.candidates():
         once = evidence.study.find(again.mixture)
         if again.repeat and once is not None and once.done and again.done:
-            moved.append(abs((evidence.utility_of(again) or 0.0) - (evidence.utility_of(once) or 0.0)))
-    return max(moved, default=None)
+            pairs.append((evidence.item_scores(once), evidence.item_scores(again)))
+    return stats.engine_noise(evidence.utility, pairs)
+
+
+def _limits(low: float, high: float) -> list[float | None]:
+    """An interval as JSON has it: a limit that is not known, as of a benchmark of one item, is None."""
+    return [limit if math.isfinite(limit) else None for limit in (low, high)]
 
 
 def compare(evidence: Evidence, named: Mapping[str, CandidateRecord]) -> dict[str, Any]:
@@ -109,9 +120,29 @@ def compare(evidence: Evidence, named: Mapping[str, CandidateRecord]) -> dict[st
     }
     return {
         "utility": {name: evidence.utility_of(record) for name, record in named.items()},
-        "gain": {name: {"estimate": d.estimate, "interval": [d.low, d.high]} for name, d in ahead.items()},
+        "gain": {
+            name: {"estimate": d.estimate, "interval": _limits(d.low, d.high)} for name, d in ahead.items()
+        },
         "items": evidence.suite.num_items,
     }
+
+
+def lead(summary: Mapping[str, Any]) -> dict[str, float | None]:
+    """How far the best mixture is ahead of uniform on the items it was chosen by and on held-out ones, and the gap.
+
+    What the search gained by luck shows on its own items only. None where one of them failed.
+    """
+    held_out = summary["holdout"]["utility"]
+    pairs = {
+        "search": (summary["best"]["utility"], summary["baselines"]["uniform"]),
+        "holdout": (held_out["best"], held_out["uniform"]),
+    }
+    leads = {
+        name: None if best is None or uniform is None else best - uniform
+        for name, (best, uniform) in pairs.items()
+    }
+    search, holdout = leads["search"], leads["holdout"]
+    return {**leads, "gap": None if search is None or holdout is None else search - holdout}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -160,7 +191,7 @@ def _costs(evidence: Evidence) -> dict[str, Any]:
 
     unproven: candidates whose engine's swaps were not proven; fresh_starts: those of them that no swap gave.
     """
-    done = [record for record in evidence.study.candidates() if record.done]
+    done = [record for record in evidence.study.candidates() if record.status != "failed"]
     unproven = [record for record in done if not record.proven]
 
     def median(stage: str) -> float:
@@ -176,6 +207,7 @@ def _costs(evidence: Evidence) -> dict[str, Any]:
             **_moved(done),
         },
         "item_evaluations": evidence.study.item_evaluations(),
+        "item_troubles": evidence.study.item_troubles(),
         "generation_median_s": median("generate_s"),
         "overhead_median_s": median("overhead_s"),
     }

@@ -40,13 +40,14 @@ def run_table(summary: Mapping[str, Any]) -> RenderableType:
         if holdout:
             cells.append(_number(holdout.get("best" if name == "best found" else name)))
         add_row(table, *cells, style="bold" if name == "best found" else None)
-    low, high = best["interval"]
     lines = [
         f"Best mixture: {shares(best['mixture'])}",
-        f"  utility {best['utility']:.4g}, 95% interval over items [{low:.4g}, {high:.4g}]; "
+        f"  utility {best['utility']:.4g}, 95% interval over items {_interval(best['interval'])}; "
         f"noise floor {_number(summary['noise_floor'])} (best and uniform evaluated twice)",
         *_groups(best),
         *_warnings(summary),
+        *_troubles(summary),
+        *_lead(summary),
         *_ties(summary["indistinguishable"]),
         *_costs(summary),
     ]
@@ -74,8 +75,12 @@ def _gains(holdout: Mapping[str, Any]) -> list[str]:
     lines = [f"On {holdout['items']} items that the search never saw, the mixture found is"]
     for name, gain in holdout["gain"].items():
         low, high = gain["interval"]
-        verdict = "better than" if low > 0 else "worse than" if high < 0 else "not to be told from"
-        lines.append(f"  {verdict} {name}: {gain['estimate']:+.4g}, 95% interval [{low:+.4g}, {high:+.4g}]")
+        verdict = "not to be told from"
+        if low is not None and high is not None:
+            verdict = "better than" if low > 0 else "worse than" if high < 0 else verdict
+        lines.append(
+            f"  {verdict} {name}: {gain['estimate']:+.4g}, 95% interval {_interval(gain['interval'])}"
+        )
     return lines
 
 
@@ -112,6 +117,33 @@ def _warnings(summary: Mapping[str, Any]) -> list[str]:
     return [*told, *lines]
 
 
+def _lead(summary: Mapping[str, Any]) -> list[str]:
+    """What is left, on items that the search never saw, of the lead over uniform."""
+    lead = summary.get("holdout", {}).get("lead", {})
+    if lead.get("gap") is None:
+        return []
+    return [
+        f"Ahead of uniform by {_number(lead['search'])} on the items it was chosen by and by "
+        f"{_number(lead['holdout'])} on held-out ones: a gap of {_number(lead['gap'])}."
+    ]
+
+
+def _troubles(summary: Mapping[str, Any]) -> list[str]:
+    """Items that could not be scored or did not fit, and benchmarks that say nothing about mixtures."""
+    lines = []
+    for name, count in summary["item_troubles"].items():
+        parts = {
+            "could not be scored": count["errors"],
+            "had prompts cut to fit the model": count["cut"],
+            "had answers ended by their limit of tokens": count["unfinished"],
+        }
+        told = ", ".join(f"{number} {what}" for what, number in parts.items() if number)
+        lines.append(f"  {name}: of {count['items']} answers {told}.")
+    for name, reason in summary["uninformative"].items():
+        lines.append(f"  {name} carries no information: {reason}.")
+    return lines
+
+
 def _ties(mixtures: Sequence[Mapping[str, Any]]) -> list[str]:
     if not mixtures:
         return ["No other candidate is within its error bars."]
@@ -134,7 +166,8 @@ def _costs(summary: Mapping[str, Any]) -> list[str]:
     swaps = summary["swaps"]
     reasons = "; ".join(summary["stopped"].values())
     return [
-        f"{summary['candidates']} candidates ({summary['failed']} failed), stopped: {reasons}.",
+        f"{summary['candidates']} candidates ({summary['failed']} failed, {summary['stopped_early']} stopped early), "
+        f"{summary['item_evaluations']} item evaluations; ended: {reasons}.",
         f"Engine {summary['engine']}: {swaps['count']} swaps ({_proof(swaps)}), "
         f"median swap {swaps['median_s']:.3f} s, generation {summary['generation_median_s']:.2f} s, "
         f"everything beyond generation {summary['overhead_median_s']:.3f} s a candidate.",
@@ -156,23 +189,25 @@ def _proof(swaps: Mapping[str, Any]) -> str:
 
 
 def items_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """One line per item and candidate."""
+    """One line per item and candidate; where a row has another `beside` it, that follows."""
     table = Table()
     for column in ("candidate", "mixture", "benchmark", "item"):
         table.add_column(column)
     table.add_column("score", justify="right")
     table.add_column("answer", overflow="fold", max_width=60)
     for row in rows:
-        answer = row["text"]
-        add_row(
-            table,
-            str(row["candidate"]),
-            shares(row["mixture"]),
-            row["benchmark"],
-            row["item"],
-            f"{row['score']:.4g}",
-            "" if answer is None else answer,
-        )
+        for shown in (row, row["beside"]) if "beside" in row else (row,):
+            score, error = shown["score"], shown["error"]
+            answer = f"error: {error}" if error is not None else shown["text"] or ""
+            add_row(
+                table,
+                str(shown["candidate"]),
+                shares(shown["mixture"]),
+                shown["benchmark"],
+                shown["item"],
+                "-" if score is None else f"{score:.4g}",
+                answer,
+            )
     return table
 
 
@@ -210,6 +245,10 @@ def doctor_table(found: Mapping[str, Any]) -> RenderableType:
 def add_row(table: Table, *cells: str, style: str | None = None) -> None:
     """Cells are text: a name with brackets is no markup."""
     table.add_row(*map(Text, cells), style=style)
+
+
+def _interval(limits: Sequence[float | None]) -> str:
+    return "not known" if None in limits else f"[{', '.join(_number(limit) for limit in limits)}]"
 
 
 def _number(value: float | None) -> str:

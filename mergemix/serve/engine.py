@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,40 +13,54 @@ from mergemix.config import VERIFICATIONS
 from mergemix.errors import ConfigError
 from mergemix.mixture import Mixture
 
+# Text, which an engine tokenises as lm-evaluation-harness does, or token ids, which it takes as they are.
+Text = str | tuple[int, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Continue `prompt` greedily for at most `max_tokens` tokens, up to (not including) a stop string."""
+    """Continue `prompt` for at most `max_tokens` tokens, up to (not including) a stop string.
 
-    prompt: str
+    temperature: 0 is greedy; above, tokens are drawn, from the most probable ones that make up `top_p`, with `seed`.
+    """
+
+    prompt: Text
     max_tokens: int
     stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class LogLikelihood:
-    """How likely is `continuation` after `context`?"""
+    """How likely is `continuation` after `context`? Both are text, or both are ids."""
 
-    context: str
-    continuation: str
+    context: Text
+    continuation: Text
 
 
 @dataclass(frozen=True, slots=True)
 class Generated:
+    """num_tokens: of the answer. finished: not ended by max_tokens. cut: tokens of the prompt that did not fit."""
+
     text: str
     num_tokens: int
+    finished: bool = True
+    cut: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
     """logprob: natural log-probability of the whole continuation, summed over its `num_tokens` tokens.
 
-    is_greedy: every token of the continuation was the most probable one.
+    is_greedy: every token of the continuation was the most probable one. cut: tokens of the context that did not fit.
     """
 
     logprob: float
     num_tokens: int
     is_greedy: bool
+    cut: int = 0
 
 
 Request = Generate | LogLikelihood
@@ -78,7 +92,8 @@ class EngineSpec:
     None takes the model's own limit. log: file that receives the engine's own output; None leaves it on stderr.
     device_cache, host_cache: bytes of operands that vLLM keeps for later swaps, in the memory of its devices and in
     memory that all engines of the machine share. verify_swaps: what is compared with the reference, "first" the
-    swaps of the self-test at start, "every" also each later one, "never" none: the engine is then not `proven`.
+    swaps of the self-test at start and a small sample of each later one, "every" all of each later one too, "never"
+    nothing: the engine is then not `proven`.
     lora_in_flight: 0 folds LoRA adapters among the experts into the weights. N >= 1 serves N mixtures at once, beside
     the base, through vLLM's multi-LoRA: then all experts must be adapters of low-rank factors only.
     Raises ConfigError for a value that is out of range, or that does not go with the family or another value.
@@ -170,6 +185,10 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop the engine and its processes; safe to call twice."""
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Output]]:
+        """As `submit`: (index of the request, its output), each as soon as it is known."""
+        yield from enumerate(self.submit(requests))
 
     def submit_each(self, mixtures: Sequence[Mixture], requests: Sequence[Request]) -> list[list[Output]]:
         """Every mixture's answers to all of the requests; outputs by mixture, then by request."""

@@ -42,6 +42,11 @@ class EngineLog:
         """To be called when the child has the descriptor: only its processes keep it open then."""
         os.close(self.fileno)
 
+    @property
+    def where(self) -> str:
+        """Tells a user where to read it."""
+        return "its output is above" if self._path is None else f"its log is {self._path}"
+
     def reason(self) -> str | None:
         """The error that the child's processes reported first, or None if none can be told."""
         if self._path is None:

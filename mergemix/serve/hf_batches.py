@@ -1,4 +1,4 @@
-"""Batches of requests through a transformers model: greedy answers and log-likelihoods.
+"""Batches of requests through a transformers model: answers and log-likelihoods.
 
 Sequences are padded on the left, so that the places that matter are the last ones of every row.
 """
@@ -22,7 +22,8 @@ STEPS_PER_STOP_CHECK = 4
 def batches(requests: Sequence[Request], encoded: Sequence[Encoded], vocab_size: int) -> Iterator[list[int]]:
     """Indices of requests that go through the model together: one kind, of like length, longest first.
 
-    The batches depend on the set of requests, not on the order they came in.
+    The batches depend on the set of requests, not on the order they came in. A request that samples is alone: its
+    random numbers are then its own.
     """
     max_tokens = [request.max_tokens if isinstance(request, Generate) else 0 for request in requests]
 
@@ -35,7 +36,8 @@ def batches(requests: Sequence[Request], encoded: Sequence[Encoded], vocab_size:
         rows, answer = len(batch) + 1, max_tokens[batch[0]] if batch else max_tokens[i]
         width, scored = max(width, len(encoded[i].ids)), max(scored, encoded[i].num_scored)
         fits = (
-            (answer > 0) == (max_tokens[i] > 0)
+            not (batch and (samples(requests[batch[0]]) or samples(requests[i])))
+            and (answer > 0) == (max_tokens[i] > 0)
             and rows * (width + answer) <= TOKENS_PER_BATCH
             and rows * scored * vocab_size <= LOGITS_PER_BATCH
         )
@@ -45,6 +47,11 @@ def batches(requests: Sequence[Request], encoded: Sequence[Encoded], vocab_size:
         batch.append(i)
     if batch:
         yield batch
+
+
+def samples(request: Request) -> bool:
+    """Whether the answer is drawn, not the most probable one."""
+    return isinstance(request, Generate) and request.temperature > 0
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -94,33 +101,40 @@ def answer_batch(
     prompts: Sequence[Sequence[int]],
     asked: Sequence[Generate],
 ) -> list[Generated]:
-    """Greedy answers. ends: ids that end an answer. num_tokens counts the token that ended the answer."""
+    """Answers, greedy or (a batch of one) sampled. ends: ids that end an answer, which num_tokens counts."""
     from transformers import GenerationConfig
 
     pad = ends[0] if ends else 0
     batch = pad_left(prompts, pad, model.device)
+    first = asked[0]
+    sampling = {"temperature": first.temperature, "top_p": first.top_p, "top_k": 0} if samples(first) else {}
     config = GenerationConfig(
-        do_sample=False,
+        do_sample=bool(sampling),
+        **sampling,
         max_new_tokens=max(request.max_tokens for request in asked),
         eos_token_id=list(ends) or None,
         pad_token_id=pad,
     )
     watch = StopWatch(tokenizer, prompts, asked)
-    with torch.inference_mode():
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.inference_mode(), torch.random.fork_rng(devices):
+        torch.manual_seed(first.seed)
         whole = model.generate(**batch, generation_config=config, stopping_criteria=[watch])
     answers = whole[:, batch["input_ids"].shape[1] :].tolist()
     return [
-        _finish(tokenizer, set(ends), prompt, answer[: request.max_tokens], request.stop)
+        _finish(tokenizer, set(ends), prompt, answer[: request.max_tokens], request)
         for prompt, answer, request in zip(prompts, answers, asked, strict=True)
     ]
 
 
 def _finish(
-    tokenizer: Any, ends: set[int], prompt: Sequence[int], answer: list[int], stops: tuple[str, ...]
+    tokenizer: Any, ends: set[int], prompt: Sequence[int], answer: list[int], request: Generate
 ) -> Generated:
     """The answer as it would be had generation ended at the first end token or stop string."""
-    length = next((place + 1 for place, token in enumerate(answer) if token in ends), len(answer))
+    end = next((place + 1 for place, token in enumerate(answer) if token in ends), None)
+    length = len(answer) if end is None else end
     text = decode_answer(tokenizer, prompt, answer[:length])
+    stops = request.stop
     cut = cut_at_stop(text, stops)
     if cut != text:
         # The shortest answer that holds the stop string; text only grows with tokens.
@@ -130,7 +144,7 @@ def _finish(
             part = decode_answer(tokenizer, prompt, answer[:middle])
             low, high = (low, middle) if cut_at_stop(part, stops) != part else (middle + 1, high)
         length = low
-    return Generated(cut, length)
+    return Generated(cut, length, finished=end is not None or cut != text or length < request.max_tokens)
 
 
 @torch.inference_mode()

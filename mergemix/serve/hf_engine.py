@@ -7,20 +7,19 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
-from mergemix.checkpoints.family import Family
 from mergemix.errors import ConfigError, EngineError, PoisonedEngineError
 from mergemix.merge.blocks import Block, Piece, tensor_blocks
 from mergemix.merge.plan import MergePlan, plan_merge
 from mergemix.merge.sinks import ParameterSink, Sink
 from mergemix.merge.stream import stream
 from mergemix.mixture import Mixture
-from mergemix.serve.copies import copy_of, numbers_of
 from mergemix.serve.dtypes import TORCH_DTYPES
 from mergemix.serve.engine import (
     Engine,
@@ -30,13 +29,14 @@ from mergemix.serve.engine import (
     Request,
     Swap,
 )
-from mergemix.serve.hf_batches import answer_batch, batches, score_batch
-from mergemix.serve.origins import family_bytes, origin_of
-from mergemix.serve.reference_check import differs
+from mergemix.serve.hf_batches import answer_batch, batches, samples, score_batch
+from mergemix.serve.hf_single import answer_ids, checkpoint_generation_config, in_ids
+from mergemix.serve.memory_check import MemoryCheck
 from mergemix.serve.tokens import Encoded, RequestEncoder, end_tokens, load_tokenizer
-from mergemix.serve.view_reader import ViewReader
 
 log = logging.getLogger(__name__)
+
+SHOWN_PROBLEMS = 3
 
 
 class HfEngine(Engine):
@@ -53,17 +53,21 @@ class HfEngine(Engine):
     def __init__(self, spec: EngineSpec, initial: Mixture) -> None:
         """Load `initial`. Raises EngineError when transformers cannot, and what plan_merge and stream raise."""
         self._family = spec.family
-        self._verify_every = spec.verify_swaps == "every"
+        self._verify = spec.verify_swaps
         root = spec.family.template.root
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         plan = plan_merge(spec.family, [initial])
         self._config, self._model_class = _architecture(root)
         self._tokenizer = load_tokenizer(root)
         self._ends = end_tokens(root, self._tokenizer)
-        self._encoder = RequestEncoder(self._tokenizer, _max_model_len(self._config, spec.max_model_len))
+        max_model_len = _max_model_len(self._config, spec.max_model_len)
+        # transformers needs no room for another token, and the last one is scored, not read.
+        self._encoder = RequestEncoder(self._tokenizer, max_model_len, most_scored_ids=max_model_len + 1)
+        self._settings = _settings(root, self._config)
         self._model: Any = None
         staged = self._load(plan)
         self._live = _live_parameters(self._model, staged)
+        self._check = MemoryCheck(spec.family)
         self.swap_path = "reload" if self._live is None else "in place"
         log.info("hf engine on %s; swaps go by %s", self._device, self.swap_path)
 
@@ -79,8 +83,8 @@ class HfEngine(Engine):
                 memory = self._live
                 stream(plan, _sink(plan, memory))
             seconds = time.perf_counter() - begin
-            if self._verify_every:
-                _check_memory(self._family, mixture, memory)
+            if self._verify != "never":
+                self._compare(mixture, memory)
         except BaseException as error:
             self.poisoned = True
             if not isinstance(error, Exception):
@@ -90,7 +94,10 @@ class HfEngine(Engine):
         return Swap(seconds, plan.bytes_written, read, destinations=len(plan.tasks))
 
     def submit(self, requests: Sequence[Request]) -> list[Output]:
-        """Raises ConfigError for a request that cannot fit the model, whatever the others are."""
+        """Text goes through the model in batches; ids one at a time, as lm-evaluation-harness does (`hf_single`).
+
+        Raises ConfigError for a request that cannot fit the model, whatever the others are.
+        """
         self._check_usable()
         encoded = [self._encoder.encode(request) for request in requests]
         try:
@@ -99,8 +106,12 @@ class HfEngine(Engine):
             raise EngineError(f"the model failed to answer: {error}") from error
 
     def _answer(self, requests: Sequence[Request], encoded: Sequence[Encoded]) -> list[Output]:
-        outputs: dict[int, Output] = {}
-        for chosen in batches(requests, encoded, self._config.get_text_config().vocab_size):
+        alone = {i: request for i, request in enumerate(requests) if in_ids(request) and not samples(request)}
+        outputs = answer_ids(self._model, self._tokenizer, self._ends, self._settings, alone, encoded)
+        rest = [i for i in range(len(requests)) if i not in alone]
+        vocab_size = self._config.get_text_config().vocab_size
+        for places in batches([requests[i] for i in rest], [encoded[i] for i in rest], vocab_size):
+            chosen = [rest[place] for place in places]
             prompts = [encoded[i].ids for i in chosen]
             if isinstance(requests[chosen[0]], Generate):
                 asked = cast(list[Generate], [requests[i] for i in chosen])  # a batch is of one kind
@@ -109,7 +120,8 @@ class HfEngine(Engine):
                 )
             else:
                 answers = score_batch(self._model, prompts, [encoded[i].num_scored for i in chosen])
-            outputs.update(zip(chosen, answers, strict=True))
+            for i, answer in zip(chosen, answers, strict=True):
+                outputs[i] = replace(answer, cut=encoded[i].cut)
         return [outputs[i] for i in range(len(requests))]
 
     def checksum(self) -> str:
@@ -123,6 +135,15 @@ class HfEngine(Engine):
 
     def close(self) -> None:
         self._model = self._live = None
+        self._check.close()
+
+    def _compare(self, mixture: Mixture, memory: Mapping[str, torch.Tensor]) -> None:
+        """Raise EngineError where the memory of the tensors, or a sample of it, is not what the reference gives."""
+        wrong = self._check.mismatches(mixture, memory, sample=self._verify == "first")
+        if wrong:
+            raise EngineError(
+                f"{', '.join(wrong[:SHOWN_PROBLEMS])}: the live weights differ from the reference"
+            )
 
     def _check_usable(self) -> None:
         if self.poisoned:
@@ -162,6 +183,11 @@ def _architecture(root: Path) -> tuple[Any, Any]:
     with _translated(root), torch.device("meta"):
         config = AutoConfig.from_pretrained(str(root), trust_remote_code=False)
         return config, type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+
+
+def _settings(root: Path, config: Any) -> Any:
+    with _translated(root):
+        return checkpoint_generation_config(root, config)
 
 
 @contextmanager
@@ -210,23 +236,6 @@ def _live_parameters(model: Any, staged: Mapping[str, torch.Tensor]) -> dict[str
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor's own memory, flat, as uint8."""
     return tensor.detach().reshape(-1).view(torch.uint8)
-
-
-def _check_memory(family: Family, mixture: Mixture, memory: Mapping[str, torch.Tensor]) -> None:
-    """Raise EngineError unless the memory of each tensor (flat, uint8) holds what the reference gives, bit for bit."""
-    reader = ViewReader(family_bytes(family))
-    try:
-        for name, flat in memory.items():
-            origin = origin_of(family, name, reader)
-            first = origin.tensors[0]
-            dtype = TORCH_DTYPES[first.dtype]
-            view = torch.empty(first.shape, dtype=dtype, device="meta")
-            copy = copy_of(origin, flat.view(dtype).view(view.shape), view, {})
-            assert copy is not None, "a whole matrix is a choice of rows and columns"
-            if differs(copy, numbers_of(family, mixture.at(name), copy.makeup), reader):
-                raise EngineError(f"{name}: the live weights differ from the reference")
-    finally:
-        reader.close()
 
 
 def _sink(plan: MergePlan, memory: Mapping[str, torch.Tensor]) -> Sink:

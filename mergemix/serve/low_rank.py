@@ -71,14 +71,14 @@ def cut(view: torch.Tensor, first: int, shape: Sequence[int]) -> Cut | None:
     rows = [index for index, (is_column, _, _) in enumerate(over) if not is_column]
     columns = [index for index, (is_column, _, _) in enumerate(over) if is_column]
     return Cut(
-        _indices(row, [over[index][1:] for index in rows]),
-        _indices(column, [over[index][1:] for index in columns]),
+        indices(row, [over[index][1:] for index in rows]),
+        indices(column, [over[index][1:] for index in columns]),
         tuple(splits),
         (*rows, *columns),
     )
 
 
-def _indices(first: int, dimensions: Iterable[tuple[int, int]]) -> torch.Tensor:
+def indices(first: int, dimensions: Iterable[tuple[int, int]]) -> torch.Tensor:
     """int64: of every element of these (length, step) dimensions, the last the fastest."""
     indices = torch.tensor([first], device="cpu")
     for length, step in dimensions:

@@ -7,19 +7,21 @@ request of a batch. So the engine serves the base, and a candidate is a director
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mergemix.errors import CheckpointError, ConfigError, EngineError, MergeMixError, PoisonedEngineError
 from mergemix.mixture import Mixture
 from mergemix.serve import multi_lora_adapter as adapters
+from mergemix.serve import scratch
 from mergemix.serve.engine import Engine, EngineSpec, Output, Request, Swap
 from mergemix.serve.engine_log import EngineLog
+from mergemix.serve.pipe import SentRequests
 from mergemix.serve.vllm_engine import EngineProcess, engine_args
 
 HOST_MODULE = "mergemix.serve.multi_lora_host"
@@ -50,6 +52,7 @@ class MultiLoraEngine(Engine):
 
     kind = "vllm"
     proven = True  # of no adapter at all
+    generate_s: float | None = None  # seconds inside vLLM for what was answered last
 
     def __init__(self, spec: EngineSpec, initial: Mixture) -> None:
         """Start vLLM on the base, and apply `initial`.
@@ -60,8 +63,11 @@ class MultiLoraEngine(Engine):
         self._family, self.in_flight = spec.family, spec.lora_in_flight
         self._loaded: OrderedDict[Mixture, _Loaded] = OrderedDict()  # the one used last is at the end
         self._count = 0
+        self._sent = SentRequests()
         self._mixture = initial
-        self._directory = Path(tempfile.mkdtemp(prefix="mergemix-adapters-"))
+        scratch.remove_stale()
+        self._scratch = scratch.Scratch()
+        self._directory = self._scratch.path
         self._process: EngineProcess | None = None
         try:
             self._process = EngineProcess(EngineLog(spec.log), HOST_MODULE)
@@ -92,24 +98,40 @@ class MultiLoraEngine(Engine):
         [outputs] = self.submit_each([self._mixture], requests)
         return outputs
 
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Output]]:
+        """As Engine.stream. Whoever takes no more of it (and closes it) leaves the engine as it was."""
+        yield from self._stream([self._mixture], requests)
+
     def submit_each(self, mixtures: Sequence[Mixture], requests: Sequence[Request]) -> list[list[Output]]:
         """Every mixture's answers to all of the requests, as one batch; outputs by mixture, then by request."""
+        outputs = dict(self._stream(mixtures, requests))
+        count = len(requests)
+        return [[outputs[k * count + index] for index in range(count)] for k in range(len(mixtures))]
+
+    def _stream(
+        self, mixtures: Sequence[Mixture], requests: Sequence[Request]
+    ) -> Generator[tuple[int, Output], None, None]:
+        """Indices count the requests of the first mixture, then those of the second, and so on."""
         process = self._usable_process()
         for mixture in mixtures:
             self._load(mixture)
-        held = [self._loaded[mixture].reference for mixture in mixtures for _ in requests]
-        outputs: list[Output] = (
-            self._call(process, "submit_with", [*requests] * len(mixtures), held) if held else []
-        )
+        held = [self._loaded[mixture].reference for mixture in mixtures]
+        if held and requests:
+            try:
+                ask = partial(process.stream, "stream_with")
+                self.generate_s = yield from self._sent.stream(ask, requests, held)
+            except (ConfigError, GeneratorExit):  # of a request: nothing was asked; or no more is wanted
+                raise
+            except BaseException:  # whatever else it was, Ctrl-C too, vLLM may still be at it
+                self.poisoned = True
+                raise
         self._trim()
-        count = len(requests)
-        return [outputs[index * count : (index + 1) * count] for index in range(len(mixtures))]
 
     def close(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.stop()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._scratch.close()
 
     def _load(self, mixture: Mixture) -> int:
         """Have vLLM hold the mixture's adapter; the bytes written for it, 0 where it held it already."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mergemix.serve.engine import Output, Request
+from mergemix.serve.engine import Request
+from mergemix.serve.vllm_answers import Stream
 from mergemix.serve.vllm_host import Host, end_with_parent, open_connection, serve
 from mergemix.serve.vllm_worker import MergeWorker
 
@@ -34,9 +35,17 @@ class LoraHost(Host):
         """Forget an adapter; vLLM may have done so already."""
         self._llm.llm_engine.remove_lora(number)
 
-    def submit_with(self, requests: Sequence[Request], adapters: Sequence[tuple[int, str]]) -> list[Output]:
-        """All requests as one batch, each with the adapter of the same index, answered in their order."""
-        return self.answer(requests, lora_request=[_lora_request(*adapter) for adapter in adapters])
+    def stream_with(
+        self,
+        forget: bool,
+        new: Mapping[int, Request],
+        numbers: Sequence[int],
+        adapters: Sequence[tuple[int, str]],
+    ) -> Stream:
+        """As `stream`: all requests with each of the adapters as one batch, in the order of adapters, then requests."""
+        asked = self._asked(forget, new, numbers)
+        with_each = [_lora_request(*adapter) for adapter in adapters for _ in asked]
+        return (yield from self._answers.stream(asked * len(adapters), with_each))
 
 
 def _lora_request(number: int, directory: str) -> Any:

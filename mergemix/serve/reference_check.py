@@ -14,34 +14,27 @@ from mergemix_kernels.dispatch import pieces
 from mergemix_kernels.low_rank import row_pieces
 
 CHECK_ELEMENTS = 1 << 20
-SAMPLE_ELEMENTS = 1 << 16
 
 
-def differs(copy: Copy, numbers: Numbers, reader: ViewReader, *, sample: bool = False) -> bool:
-    """Whether the destination holds anything but, bit for bit, the sum with these numbers.
-
-    sample: only a first part of about SAMPLE_ELEMENTS elements, or a row, is looked at.
-    """
+def differs(copy: Copy, numbers: Numbers, reader: ViewReader) -> bool:
+    """Whether the destination holds anything but, bit for bit, the sum with these numbers."""
     weights = numbers.weights
     used = used_operands(weights)
     if copy.view.numel() == 0:
         return False
-    limit = SAMPLE_ELEMENTS if sample else CHECK_ELEMENTS
     if numbers.scales:
-        return _folded_differs(copy, numbers, reader, limit, sample)
+        return _folded_differs(copy, numbers, reader)
     order = memory_order(copy.view)
-    for view, target in pieces([copy.view.permute(order), copy.destination.permute(order)], limit):
+    for view, target in pieces([copy.view.permute(order), copy.destination.permute(order)], CHECK_ELEMENTS):
         parts = _read(copy, used, view, reader)
         is_copy = len(used) == 1 and weights[used[0]] == 1.0
         expected = parts[0] if is_copy else reference.weighted_sum(parts, [weights[k] for k in used])
         if not same_bits(target, expected.to(device=target.device, dtype=target.dtype)):
             return True
-        if sample:
-            break
     return False
 
 
-def _folded_differs(copy: Copy, numbers: Numbers, reader: ViewReader, limit: int, sample: bool) -> bool:
+def _folded_differs(copy: Copy, numbers: Numbers, reader: ViewReader) -> bool:
     """As `differs`, of a destination that adapters change: their factors are read anew."""
     assert copy.folded is not None
     factors = pack(copy.origin.deltas, copy.folded.cut)
@@ -49,13 +42,11 @@ def _folded_differs(copy: Copy, numbers: Numbers, reader: ViewReader, limit: int
     used = used_operands(numbers.weights)
     weights = [numbers.weights[k] for k in used]
     columns = factors.right.shape[1]
-    for rows, (view, target) in row_pieces([copy.view, copy.destination], columns, limit):
+    for rows, (view, target) in row_pieces([copy.view, copy.destination], columns, CHECK_ELEMENTS):
         parts = [part.reshape(-1, columns) for part in _read(copy, used, view, reader)]
         expected = reference.low_rank_sum(parts, weights, factors.left[rows], factors.right, scales)
         if not same_bits(target, expected.view(view.shape).to(device=target.device, dtype=target.dtype)):
             return True
-        if sample:
-            break
     return False
 
 

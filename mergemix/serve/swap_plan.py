@@ -26,10 +26,13 @@ from mergemix.serve.folded_sums import Placed
 from mergemix.serve.gpu_sums import Empty, GpuSums
 from mergemix.serve.operand_cache import CacheSizes, OperandCache
 from mergemix.serve.reference_check import differs
+from mergemix.serve.sample_check import Part, Sampler, differing, part_count
 from mergemix.serve.sums import Sums
 
 MAX_STRUCTURES = 16
 MAX_VALUES = 1 << 12
+# Parts of destinations that a sample looks at, of those that were written and of the others.
+SAMPLED_WRITTEN, SAMPLED_REST = 64, 16
 UNKNOWN = -1
 
 
@@ -89,6 +92,7 @@ class SwapPlan:
         self.copies = list(copies)
         self.unreplayable = list(unreplayable)
         self.moving = [copy for copy in copies if not copy.is_static]
+        self._statics = [copy for copy in copies if copy.is_static]
         self.nbytes = sum(copy.nbytes for copy in self.moving)
         self.cache = OperandCache(self.moving, sizes, _device(self.moving), _contents(family, sizes))
         self._storage = _array(copy.storage for copy in self.moving)
@@ -114,6 +118,8 @@ class SwapPlan:
         self._volatile = np.zeros(len(self.moving), bool)
         self._statics_verified = False
         self._written = np.zeros(0, np.int64)
+        parts = [part_count(copy.view) for copy in (*self.moving, *self._statics)]
+        self._samplers = Sampler(parts), Sampler(parts)
         self._live = self._wanted(mixture)[0]
 
     @property
@@ -193,20 +199,22 @@ class SwapPlan:
     def mismatches(self, *, sample: bool) -> list[str]:
         """Tensors whose destinations do not hold, bit for bit, what the reference makes of the original files.
 
-        Looks at all that was not found right since it was written; with `sample` at a part of what was written last.
+        Looks at all that was not found right since it was written. With `sample` at parts, of bounded number and size,
+        of what was written last and of what was left as it was: others each time, so that in the end all are looked
+        at (see Sampler). A fault in few elements may then be missed.
         """
+        if sample:
+            return self._sampled_mismatches()
         numbers = {value: key for key, value in self._values.items()}
-        rows = self._written if sample else np.flatnonzero(~self._verified & self._intact)
         bad = []
-        for i in rows:
+        for i in np.flatnonzero(~self._verified & self._intact):
             copy = self.moving[i]
-            if differs(copy, numbers[int(self._live[i])], self._sums.reader, sample=sample):
+            if differs(copy, numbers[int(self._live[i])], self._sums.reader):
                 bad.append(copy.origin.name)
-            elif not sample:
+            else:
                 self._verified[i] = True
-        if not sample and not self._statics_verified:
-            statics = [copy for copy in self.copies if copy.is_static]
-            wrong = [c.origin.name for c in statics if differs(c, _one_hot(c), self._sums.reader)]
+        if not self._statics_verified:
+            wrong = [c.origin.name for c in self._statics if differs(c, _one_hot(c), self._sums.reader)]
             bad += wrong
             self._statics_verified = not wrong
         return bad
@@ -219,6 +227,21 @@ class SwapPlan:
         """Free the cache and close the files; safe to call twice. The plan is not used any more."""
         self.cache.close()
         self._sums.close()
+
+    def _sampled_mismatches(self) -> list[str]:
+        left = self._intact & (self._live != UNKNOWN)
+        left[self._written] = False
+        statics = np.arange(len(self._statics)) + len(self.moving)
+        of_written, of_rest = self._samplers
+        chosen = of_written.choose(self._written, SAMPLED_WRITTEN)
+        chosen += of_rest.choose(np.concatenate([np.flatnonzero(left), statics]), SAMPLED_REST)
+        numbers = {value: key for key, value in self._values.items()}
+        parts = []
+        for i, part in chosen:
+            static = i >= len(self.moving)
+            copy = self._statics[i - len(self.moving)] if static else self.moving[i]
+            parts.append(Part(copy, _one_hot(copy) if static else numbers[int(self._live[i])], part))
+        return differing(parts, self._sums.reader)
 
     def _follow(self, changed: np.ndarray) -> None:
         """Add the destinations that must be written because others are."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from mergemix.checkpoints.strict_json import read_object, shown
 from mergemix.errors import CheckpointError, ConfigError
-from mergemix.serve.engine import Generate, Request
+from mergemix.serve.engine import Generate, Request, Text
 
 log = logging.getLogger(__name__)
 
@@ -63,23 +63,30 @@ def end_tokens(root: Path, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(ends))
 
 
-def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a prompt, with the tokenizer's own special tokens (BOS) unless the text already begins with BOS.
+def encode_prompt(tokenizer: Any, text: Text) -> list[int]:
+    """Ids of a prompt; given ids as they are.
 
-    Empty text becomes the prefix token, since a model needs something to continue.
+    Text comes with the tokenizer's own special tokens (BOS) unless it already begins with BOS. An empty prompt becomes
+    the prefix token, since a model needs something to continue.
     """
+    if not isinstance(text, str):
+        return list(text) or [prefix_token(tokenizer)]
     has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     return _ids(tokenizer, text, special=not has_bos) or [prefix_token(tokenizer)]
 
 
-def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Ids of a context (never empty) and of the continuation to be scored after it.
+def encode_pair(tokenizer: Any, context: Text, continuation: Text) -> tuple[list[int], list[int]]:
+    """Ids of a context (never empty) and of the continuation to be scored after it; given ids as they are.
 
     Trailing whitespace of the context moves to the continuation, and the two are encoded as one text that is
     split at the length of the encoded context, so that words keep their usual tokens. An empty context is the
     prefix token, which is not repeated when the continuation begins with it. Where a token that spans the
     boundary would leave nothing to score, the continuation is encoded alone (lm-eval scores it 0).
     """
+    if not isinstance(context, str) or not isinstance(continuation, str):
+        if isinstance(context, str) or isinstance(continuation, str):
+            raise ConfigError("context and continuation must both be text, or both be token ids")
+        return encode_prompt(tokenizer, context), list(continuation)
     kept = context.rstrip()
     continuation = context[len(kept) :] + continuation
     if kept:
@@ -97,28 +104,34 @@ def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Ids for the model, and how many of the last ones are to be scored (0 for generation)."""
+    """Ids for the model, and how many of the last ones are to be scored (0 for generation).
+
+    cut: how many did not fit and were left out, at the beginning.
+    """
 
     ids: tuple[int, ...]
     num_scored: int
+    cut: int = 0
 
 
 class RequestEncoder:
     """Requests to ids that fit the model, remembered across candidates.
 
     What is too long loses tokens on the left: a prompt keeps its last max_model_len - max_tokens tokens, a
-    context with its continuation the last max_model_len - 1 (vLLM always generates one more). A warning is
-    logged when a request is first cut. Raises ConfigError when max_model_len is less than 2, and for a request
-    whose max_tokens is not in [1, max_model_len).
+    context with its continuation the last max_model_len - 1 (vLLM always generates one more), or where they are ids
+    the last `most_scored_ids`. How many were cut is in the result, and a warning is logged when a request is first
+    cut. Raises ConfigError when max_model_len is less than 2, for a request whose max_tokens is not in
+    [1, max_model_len), and for a pair of text and ids.
     """
 
-    def __init__(self, tokenizer: Any, max_model_len: int) -> None:
+    def __init__(self, tokenizer: Any, max_model_len: int, most_scored_ids: int | None = None) -> None:
         if max_model_len < 2:
             raise ConfigError(
                 f"max_model_len must be at least 2, a token to read and one to answer, but is {max_model_len}"
             )
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
+        self._most_scored_ids = most_scored_ids or max_model_len - 1
         self.encode = lru_cache(maxsize=REMEMBERED_REQUESTS)(self._encode)
 
     def _encode(self, request: Request) -> Encoded:
@@ -129,11 +142,13 @@ class RequestEncoder:
                     f"tokens, but is {request.max_tokens}"
                 )
             prompt = encode_prompt(self.tokenizer, request.prompt)
-            return Encoded(self._fit(prompt, self.max_model_len - request.max_tokens), 0)
+            ids = self._fit(prompt, self.max_model_len - request.max_tokens)
+            return Encoded(ids, 0, len(prompt) - len(ids))
         context, continuation = encode_pair(self.tokenizer, request.context, request.continuation)
-        ids = self._fit(context + continuation, self.max_model_len - 1)
+        limit = self.max_model_len - 1 if isinstance(request.context, str) else self._most_scored_ids
+        ids = self._fit(context + continuation, limit)
         # The first id of all has nothing before it that could predict it.
-        return Encoded(ids, min(len(continuation), len(ids) - 1))
+        return Encoded(ids, min(len(continuation), len(ids) - 1), len(context) + len(continuation) - len(ids))
 
     def _fit(self, ids: list[int], limit: int) -> tuple[int, ...]:
         if len(ids) > limit:

@@ -79,7 +79,7 @@ class ViewReader:
         if view.is_contiguous():
             array = as_array(into)
             packed = array if into.is_contiguous() else self._buffer(into.numel() * size).view(array.dtype)
-            self._read(tensor, int(view.storage_offset()) * size, packed.reshape(-1).view(np.uint8))
+            self.read_bytes(tensor, int(view.storage_offset()) * size, packed.reshape(-1).view(np.uint8))
             if packed is not array:
                 np.copyto(array, packed.reshape(array.shape))
             return
@@ -92,10 +92,14 @@ class ViewReader:
             return
         array = as_array(into)
         data = self._buffer(span)
-        self._read(tensor, int(view.storage_offset()) * size, data)
+        self.read_bytes(tensor, int(view.storage_offset()) * size, data)
         strides = [stride * size for stride in view.stride()]
         elements = np.lib.stride_tricks.as_strided(data.view(array.dtype), tuple(view.shape), strides)
         np.copyto(array, elements)
+
+    def read_bytes(self, tensor: TensorInfo, begin: int, into: np.ndarray) -> None:
+        """Fill `into` (uint8, contiguous) with what is stored from byte `begin` of the tensor on. Raises as `read`."""
+        self._files.read_into(tensor, begin, into.data, last=self._forget)
 
     def borrow(self, tensor: TensorInfo, view: torch.Tensor) -> torch.Tensor | None:
         """The elements where the page cache has them, flat and never to be written; to be given back with `release`.
@@ -177,9 +181,6 @@ class ViewReader:
         for file in self._mapped.values():
             file.close()
         self._mapped.clear()
-
-    def _read(self, tensor: TensorInfo, begin: int, into: np.ndarray) -> None:
-        self._files.read_into(tensor, begin, into.data, last=self._forget)
 
     def _buffer(self, nbytes: int) -> np.ndarray:
         """Bytes of this thread's own buffer; the next call gives them again."""

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Pipe
+from pathlib import Path
 from typing import Any
 
 from mergemix.errors import ConfigError, EngineError, MergeMixError, PoisonedEngineError
@@ -18,13 +20,18 @@ from mergemix.mixture import Mixture
 from mergemix.serve.coefficients import check_mixture
 from mergemix.serve.engine import Engine, EngineSpec, Output, Request, Swap
 from mergemix.serve.engine_log import EngineLog
+from mergemix.serve.pipe import CANCEL, DONE, FAILED, PART, SentRequests
+from mergemix.serve.session_memory import mapped_by, remove
 from mergemix.serve.vllm_plugin import LOAD_FORMAT
 
 WORKER_EXTENSION = "mergemix.serve.vllm_worker.MergeWorker"
 STOP_S = 15.0
 TERMINATE_S = 5.0
+CANCEL_S = 10.0  # a step of vLLM takes less
 POLL_S = 0.02
 SHOWN_PROBLEMS = 3
+# What mergemix_swap compares, by verify_swaps.
+CHECKS = {"every": "all", "first": "sample", "never": "none"}
 CHILD_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     # A bounded spin at the end of a parallel region: threads that spin for ever take the cores from whoever computes.
@@ -40,6 +47,7 @@ class VllmEngine(Engine):
     """
 
     kind = "vllm"
+    generate_s: float | None = None  # seconds inside vLLM for what was answered last
 
     def __init__(self, spec: EngineSpec, initial: Mixture) -> None:
         """Start vLLM on `initial`.
@@ -50,11 +58,13 @@ class VllmEngine(Engine):
         remove_stale()  # of processes that had to be killed
         check_mixture(spec.family, initial)
         self._family = spec.family
-        self._verify_every = spec.verify_swaps == "every"
+        self._check = CHECKS[spec.verify_swaps]
         self._shares_memory = spec.host_cache > 0
+        self._sent = SentRequests()
         self._process: EngineProcess | None = EngineProcess(EngineLog(spec.log))
         try:
             started = self._process.call("start", engine_args(spec, initial))
+            self._process.note_memory()
         except BaseException as error:
             self.close()
             if isinstance(error, MergeMixError):
@@ -69,9 +79,9 @@ class VllmEngine(Engine):
         self.max_model_len: int = started["max_model_len"]
 
     def apply(self, mixture: Mixture) -> Swap:
-        """As Engine.apply. With verify_swaps "every", what it wrote is compared with the reference."""
+        """As Engine.apply. What it wrote is compared with the reference: how much of it verify_swaps says."""
         begin = time.perf_counter()
-        reports = self._swap(mixture, "all" if self._verify_every else "none")
+        reports = self._swap(mixture, self._check)
         seconds = time.perf_counter() - begin
         if problems := [problem for report in reports for problem in report["problems"]]:
             self.poisoned = True
@@ -90,8 +100,8 @@ class VllmEngine(Engine):
     def apply_checked(self, mixture: Mixture, *, thorough: bool) -> list[str]:
         """As `apply`; then what of the swap did not work on any rank, empty when all is well.
 
-        Destinations are compared bit for bit with the fp32 reference (all of them, or a sample of each unless
-        `thorough`), and every module that vLLM transforms after loading must have been transformed anew.
+        Destinations are compared bit for bit with the fp32 reference (all of them, or a sample unless `thorough`), and
+        every module that vLLM transforms after loading must have been transformed anew.
         """
         reports = self._swap(mixture, "all" if thorough else "sample")
         return [problem for report in reports for problem in report["problems"]]
@@ -101,10 +111,17 @@ class VllmEngine(Engine):
         return self._usable_process().call("call_workers", "mergemix_describe")
 
     def submit(self, requests: Sequence[Request]) -> list[Output]:
+        outputs = dict(self.stream(requests))
+        return [outputs[index] for index in range(len(requests))]
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Output]]:
+        """As Engine.stream. Whoever takes no more of it (and closes it) leaves the engine as it was."""
         process = self._usable_process()
+        if not requests:
+            return
         try:
-            return process.call("submit", list(requests)) if requests else []
-        except ConfigError:  # of a request: nothing was asked
+            self.generate_s = yield from self._sent.stream(partial(process.stream, "stream"), requests)
+        except (ConfigError, GeneratorExit):  # of a request: nothing was asked; or no more is wanted
             raise
         except BaseException:  # whatever else it was, Ctrl-C too, vLLM may still be at it
             self.poisoned = True
@@ -141,6 +158,8 @@ class VllmEngine(Engine):
 class EngineProcess:
     """A child that runs `host_module`, with its own session: Ctrl-C reaches the caller alone."""
 
+    _memory: Mapping[Path, int] = {}  # of its session
+
     def __init__(self, log: EngineLog, host_module: str = "mergemix.serve.vllm_host") -> None:
         self._log = log
         self._busy = False  # a call was made whose answer has not come, perhaps because of Ctrl-C
@@ -161,26 +180,70 @@ class EngineProcess:
 
     def call(self, method: str, *arguments: object) -> Any:
         """Raises what the child raised, or PoisonedEngineError when it died, or still owes an earlier answer."""
+        self._ask(method, arguments)
+        _, result = self._receive()
+        return result
+
+    def stream(self, method: str, *arguments: object) -> Generator[Any, None, Any]:
+        """The elements of the lists that the method yields; what it returns. Closed early, it ends the method, too.
+
+        Raises as `call`.
+        """
+        self._ask(method, arguments)
+        try:
+            while (reply := self._receive())[0] == PART:
+                yield from reply[1]
+        except GeneratorExit:
+            self._cancel()
+            raise
+        return reply[1]
+
+    def _ask(self, method: str, arguments: tuple[object, ...]) -> None:
         if self._busy:
             raise PoisonedEngineError("an earlier call was interrupted: this engine must be rebuilt")
         self._busy = True
         try:
             self._connection.send((method, arguments))
-            succeeded, result = self._connection.recv()
+        except OSError as error:
+            raise self._died() from error
+
+    def _receive(self) -> tuple[str, Any]:
+        """The next part (PART, list), or in the end (DONE, result)."""
+        try:
+            kind, result = self._connection.recv()
         except (EOFError, OSError) as error:
-            status = self._child.wait(STOP_S)
-            raise PoisonedEngineError(
-                f"vLLM's process died ({_exit(status)}): {self._log.reason() or 'its log says no more'}"
-            ) from error
-        self._busy = False
-        if succeeded:
-            return result
+            raise self._died() from error
+        self._busy = kind == PART
+        if kind != FAILED:
+            return kind, result
         if "initialization failed" in str(result):  # of another process, which said why in the log
             raise EngineError(self._log.reason() or str(result)) from result
+        if "EngineDeadError" in str(result):  # vLLM's own words point to a trace that is not there
+            raise PoisonedEngineError(f"a process of vLLM died: {self._reason()}") from result
         raise result
 
+    def _cancel(self) -> None:
+        """End what the child is at. Where it does not listen it stays busy, and can only be stopped."""
+        with suppress(OSError, MergeMixError):
+            self._connection.send(CANCEL)
+            deadline = time.monotonic() + CANCEL_S
+            while self._connection.poll(max(deadline - time.monotonic(), 0)):
+                if self._receive()[0] == DONE:
+                    return
+
+    def _died(self) -> PoisonedEngineError:
+        status = self._child.wait(STOP_S)
+        return PoisonedEngineError(f"vLLM's process died ({_exit(status)}): {self._reason()}")
+
+    def _reason(self) -> str:
+        return f"{self._log.reason() or 'its log does not say why'}; {self._log.where}"
+
     def stop(self) -> None:
-        """End the child and everything that it started, gracefully if it listens; safe to call twice."""
+        """End the child and everything that it started, gracefully if it listens; safe to call twice.
+
+        Shared memory that vLLM then leaves behind is removed.
+        """
+        self._memory = {**self._memory, **mapped_by(self._child.pid)}
         if not self._busy:
             with suppress(OSError, subprocess.TimeoutExpired):
                 self._connection.send(("stop", ()))
@@ -193,6 +256,11 @@ class EngineProcess:
                 break
             while self._signal_session(0) and time.monotonic() < deadline:
                 time.sleep(POLL_S)
+        remove(self._memory)
+
+    def note_memory(self) -> None:
+        """Remember the shared memory that is in use now: `stop` removes it even if all who know of it were killed."""
+        self._memory = mapped_by(self._child.pid)
 
     def _signal_session(self, number: int) -> bool:
         """Send a signal to whoever is left of the child's session; whether there was anybody."""

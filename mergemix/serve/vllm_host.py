@@ -4,7 +4,7 @@ A process of its own keeps the caller's stdout, signals and threads out of vLLM'
 CPU with a single rank vLLM runs inside this very process, instead of in two more that would import everything again:
 that makes a start three times as quick.
 
-It reads (method, arguments) and answers (ok, result or exception), both pickled, on the socket FD.
+How the two talk on the socket FD is in `mergemix.serve.pipe`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from mergemix.errors import EngineError, MergeMixError, PoisonedEngineError
-from mergemix.serve.engine import Generate, Generated, Likelihood, Output, Request
+from mergemix.serve.engine import Output, Request
+from mergemix.serve.pipe import CANCEL, DONE, FAILED, ParentGoneError, send_parts
+from mergemix.serve.tokens import RequestEncoder, end_tokens, load_tokenizer
+from mergemix.serve.vllm_answers import Answers, Asked, Stream, ask_for
 
 MEMORY_NODES = Path("/sys/devices/system/node")
 PARENT_POLL_S = 0.5
@@ -35,13 +39,12 @@ class Host:
 
     def __init__(self) -> None:
         self._llm: Any = None
+        self._remembered: dict[int, Asked] = {}
 
     def start(self, args: dict[str, Any]) -> dict[str, Any]:
         """Start vLLM; returns its version and max_model_len. Raises EngineError with vLLM's reason."""
         from vllm import LLM, __version__
         from vllm.platforms import current_platform
-
-        from mergemix.serve.tokens import RequestEncoder, end_tokens, load_tokenizer
 
         on_cpu = current_platform.is_cpu()
         if on_cpu and fits_one_process(args):
@@ -81,21 +84,29 @@ class Host:
 
     def submit(self, requests: Sequence[Request]) -> list[Output]:
         """All requests as one batch, answered in their order. Raises ConfigError for one that cannot fit."""
-        return self.answer(requests)
+        outputs = dict(output for part in self._answers.stream(self._encoded(requests)) for output in part)
+        return [outputs[index] for index in range(len(requests))]
 
-    def answer(self, requests: Sequence[Request], **options: Any) -> list[Output]:
-        """As `submit`. options: passed to LLM.generate."""
-        encoded = [self._encoder.encode(request) for request in requests]
-        answers = self._llm.generate(
-            [{"prompt_token_ids": list(each.ids)} for each in encoded],
-            [self._sampling(request) for request in requests],
-            use_tqdm=False,
-            **options,
-        )
-        return [
-            _generated(answer) if isinstance(request, Generate) else _likelihood(answer, each.num_scored)
-            for request, each, answer in zip(requests, encoded, answers, strict=True)
-        ]
+    def stream(self, forget: bool, new: Mapping[int, Request], numbers: Sequence[int]) -> Stream:
+        """The requests of these numbers as one batch: (index, output) of those that each step of vLLM finished.
+
+        new: requests to be remembered by number. forget: all others first. Returns the seconds spent inside vLLM.
+        Raises ConfigError for a request that cannot fit; then none was asked.
+        """
+        return (yield from self._answers.stream(self._asked(forget, new, numbers)))
+
+    def _asked(self, forget: bool, new: Mapping[int, Request], numbers: Sequence[int]) -> list[Asked]:
+        if forget:
+            self._remembered.clear()
+        self._remembered |= dict(zip(new, self._encoded(new.values()), strict=True))
+        return [self._remembered[number] for number in numbers]
+
+    def _encoded(self, requests: Iterable[Request]) -> list[Asked]:
+        return [ask_for(request, self._encoder, self._ends) for request in requests]
+
+    @cached_property
+    def _answers(self) -> Answers:
+        return Answers(self._llm.llm_engine)
 
     def stop(self) -> None:
         """Free shared memory, and let vLLM end its other processes, where it has any."""
@@ -104,19 +115,6 @@ class Host:
                 self.call_workers("mergemix_close")
         if self._llm is not None and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
             self._llm.llm_engine.engine_core.shutdown(timeout=SHUTDOWN_S)
-
-    def _sampling(self, request: Request) -> Any:
-        from vllm import SamplingParams
-
-        if isinstance(request, Generate):
-            return SamplingParams(
-                temperature=0.0,
-                max_tokens=request.max_tokens,
-                stop=[stop for stop in request.stop if stop] or None,
-                stop_token_ids=self._ends,
-            )
-        # The best token's logprob too, which tells a tie from a better token. vLLM must generate one token at least.
-        return SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
 
 
 def fits_one_process(args: dict[str, Any]) -> bool:
@@ -130,17 +128,24 @@ def serve(connection: Connection, host: Any) -> None:
     """Answer calls until the connection closes or `stop` was answered."""
     while True:
         try:
-            method, arguments = connection.recv()
+            message = connection.recv()
         except EOFError:
             return
+        if message == CANCEL:  # of what has ended by itself
+            continue
+        method, arguments = message
+        answer: tuple[str, Any]
         try:
-            answer = True, getattr(host, method)(*arguments)
+            result = getattr(host, method)(*arguments)
+            answer = DONE, send_parts(connection, result) if isinstance(result, Generator) else result
+        except ParentGoneError:
+            return
         except MergeMixError as error:
-            answer = False, error
+            answer = FAILED, error
         except Exception as error:
             sys.stderr.write(f"{method} failed\n")
             sys.excepthook(type(error), error, error.__traceback__)
-            answer = False, EngineError(describe_error(error))
+            answer = FAILED, EngineError(describe_error(error))
         connection.send(answer)
         if method == "stop":
             return
@@ -165,23 +170,6 @@ def end_with_parent(parent: int) -> None:
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="mergemix-parent-watch", daemon=True).start()
-
-
-def _generated(answer: Any) -> Generated:
-    completion = answer.outputs[0]
-    return Generated(completion.text, len(completion.token_ids))
-
-
-def _likelihood(answer: Any, num_scored: int) -> Likelihood:
-    """The last `num_scored` tokens of the prompt. A token that ties with the most probable one counts as greedy."""
-    ids = answer.prompt_token_ids
-    total, greedy = 0.0, True
-    for position in range(len(ids) - num_scored, len(ids)):
-        known = answer.prompt_logprobs[position]
-        logprob = known[ids[position]].logprob
-        total += logprob
-        greedy = greedy and logprob >= max(each.logprob for each in known.values())
-    return Likelihood(total, num_scored, greedy)
 
 
 def open_connection(descriptor: int) -> Connection:

@@ -179,6 +179,10 @@ class LiveMixture:
             await self._client.resume_generation()
             if isinstance(error, TimeoutError):
                 raise still_busy(patience_s, "requests are") from None
+            if not isinstance(
+                error, Exception
+            ):  # cancelled: whoever asked is gone, or the server is shutting down
+                raise
             raise Refused(503, f"vLLM would not pause, and nothing was changed: {error}") from error
 
     def _fail(self, reason: str) -> None:

@@ -44,6 +44,7 @@ class Loaded:
     problems: why swaps of this model would be wrong; empty when they are right. read_by: the addresses of the
     storages that processing a transformed module reads, in the order of transforms.modules. mixture: what is live;
     None where that is not known. mixed: a swap has begun and not ended, so that the weights are of two mixtures.
+    swaps: how many have begun.
     """
 
     plan: SwapPlan
@@ -53,6 +54,7 @@ class Loaded:
     mixture: Mixture | None
     read_by: list[tuple[Transformed, frozenset[int]]] = field(default_factory=list)
     mixed: bool = False
+    swaps: int = 0
 
     def settle(self, act_dtype: torch.dtype) -> None:
         """See what vLLM's processing made of the weights that were loaded; to be called after it."""

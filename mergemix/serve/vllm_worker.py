@@ -14,11 +14,13 @@ from mergemix.errors import EngineError
 from mergemix.mixture import Mixture
 from mergemix.serve.copies import same_bits
 from mergemix.serve.transforms import Mark, Transformed, Transforms, marks
+from mergemix.serve.turns import in_turn
 
 if TYPE_CHECKING:
     from mergemix.serve.swap_plan import Change, SwapPlan
 
 PROBED_COLUMNS = 16
+SAMPLED_MODULES = 4
 
 
 class MergeWorker:
@@ -31,14 +33,16 @@ class MergeWorker:
     def mergemix_describe(self) -> dict[str, Any]:
         """This rank's plan.
 
-        bytes_written by a swap of everything, transformed modules, uncovered bytes by name, problems, and "cache": the
-        bytes of operands by the tier that they are assigned to, and of adapters' factors, which are always in memory.
+        bytes_written by a swap of everything, transformed modules, those of them of which only answers show whether they
+        use new weights ("unseen"), uncovered bytes by name, problems, and "cache": the bytes of operands by the tier that
+        they are assigned to, and of adapters' factors, which are always in memory.
         """
         loaded = self._mergemix_loaded()
         return {
             "tensors": len(loaded.plan.copies),
             "bytes_written": loaded.plan.nbytes,
             "transformed": [entry.name for entry in loaded.transforms.modules],
+            "unseen": [entry.name for entry in loaded.transforms.modules if not _is_seen(entry)],
             "uncovered": dict(loaded.uncovered),
             "problems": list(loaded.problems),
             "cache": {**loaded.plan.cache.assigned, "factors": loaded.plan.factor_bytes},
@@ -52,9 +56,9 @@ class MergeWorker:
     def mergemix_swap(self, key: str, check: str = "none") -> dict[str, Any]:
         """Make the live weights those of another mixture.
 
-        key: of the mixture (Mixture.key). check: "none", "sample" or "all": how much of what was written is compared
-        with the fp32 reference ("all" also looks at what was never compared before), and unless "none" every module
-        that is transformed again is examined.
+        key: of the mixture (Mixture.key). check: "none", "sample" or "all": how much of the weights is compared with
+        the fp32 reference (see SwapPlan.mismatches). Unless "none", every module that is transformed again must have
+        been made anew, and each of them, with "sample" a few, must compute with the new weights (see Witness).
 
         Returns seconds; process_s, the part of them in vLLM's own processing; bytes_read by tier; bytes_written;
         destinations and how many of them were skipped; problems, empty when all is well.
@@ -68,6 +72,7 @@ class MergeWorker:
         plan = loaded.plan
         change = plan.change_to(Mixture.from_key(key))
         loaded.mixture, loaded.mixed = None, True
+        loaded.swaps += 1
         with torch.no_grad(), self._mergemix_context():
             read = self.mergemix_write(plan, change)
             _wait_for_device()
@@ -77,7 +82,7 @@ class MergeWorker:
             if check != "none":
                 bad = plan.mismatches(sample=check == "sample")
                 problems += [f"{name}: the live weights differ from the reference" for name in bad]
-            witnesses = [Witness(entry) for entry in modules] if check != "none" else []
+            witnesses = _witnesses(modules, check, loaded.swaps)
             begin = time.perf_counter()
             self.mergemix_reprocess(loaded.transforms, modules)
             _wait_for_device()
@@ -138,19 +143,17 @@ class Witness:
     """Looks at a transformed module between the rewriting of its raw weights and its processing, then again.
 
     What processing makes must have been made anew, and a linear layer must give back the very columns of its raw
-    weight, which is all that can be seen from outside.
+    weight, which is all that can be seen from outside. computes: the latter, too, which reads all of the layer.
     """
 
-    def __init__(self, entry: Transformed) -> None:
+    def __init__(self, entry: Transformed, *, computes: bool = True) -> None:
         self._entry = entry
         self._before = marks(entry.module)
         self._columns: torch.Tensor | None = None
-        weights = [raw.data for raw in entry.raw if raw.name == "weight" and raw.data.dim() == 2]
-        if (
-            weights
-            and weights[0].is_floating_point()
-            and hasattr(getattr(entry.module, "quant_method", None), "apply")
-        ):
+        if not computes:
+            return
+        weights = _linear_weights(entry)
+        if weights:
             generator = torch.Generator(device="cpu").manual_seed(0)  # vLLM's own generator stays as it is
             chosen = torch.randperm(weights[0].shape[1], generator=generator, device="cpu")[:PROBED_COLUMNS]
             self._columns = chosen.to(weights[0].device)
@@ -198,11 +201,34 @@ class Witness:
         )
 
 
+def _witnesses(modules: Sequence[Transformed], check: str, turn: int) -> list[Witness]:
+    """turn: counts the swaps, since a sample looks at other modules each time."""
+    if check == "none":
+        return []
+    chosen = set(range(len(modules)))
+    if check == "sample":
+        chosen = set(in_turn(len(modules), turn * SAMPLED_MODULES, SAMPLED_MODULES).tolist())
+    return [Witness(entry, computes=i in chosen) for i, entry in enumerate(modules)]
+
+
 def one_hot(columns: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
     """Inputs (len(columns), width) through which a linear layer shows these columns of its weight, exactly."""
     inputs = torch.zeros(len(columns), width, dtype=dtype, device=columns.device)
     inputs[torch.arange(len(columns), device=columns.device), columns] = 1
     return inputs
+
+
+def _linear_weights(entry: Transformed) -> list[torch.Tensor]:
+    """The raw weight of a linear layer that can be asked to compute; of anything else nothing."""
+    if not hasattr(getattr(entry.module, "quant_method", None), "apply"):
+        return []
+    weights = [raw.data for raw in entry.raw if raw.name == "weight" and raw.data.dim() == 2]
+    return [weight for weight in weights if weight.is_floating_point()]
+
+
+def _is_seen(entry: Transformed) -> bool:
+    """Whether a Witness can tell if the module was made anew. On a GPU what was made goes to where the old was."""
+    return bool(_linear_weights(entry)) or all(raw.data.device.type == "cpu" for raw in entry.raw)
 
 
 def _wait_for_device() -> None:

@@ -1,6 +1,6 @@
 """The study directory: all evidence of one search, kept safe while it grows."""
 
-from mergemix.study.records import CandidateRecord, ItemRecord
+from mergemix.study.records import CandidateRecord, Estimate, ItemRecord
 from mergemix.study.store import Study
 
-__all__ = ["CandidateRecord", "ItemRecord", "Study"]
+__all__ = ["CandidateRecord", "Estimate", "ItemRecord", "Study"]

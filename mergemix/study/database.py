@@ -12,7 +12,7 @@ from mergemix.errors import OutputError, StudyError
 
 FILE_NAME = "study.sqlite"
 APPLICATION_ID = 0x4D4D4958  # "MMIX": tells our files from other SQLite files
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _SCHEMA = (
     """CREATE TABLE manifest (
@@ -26,18 +26,20 @@ _SCHEMA = (
         mixture TEXT NOT NULL,  -- Mixture.key()
         repeat INTEGER NOT NULL CHECK (repeat >= 0),  -- n: evaluated over again, for the noise floor
         origin TEXT NOT NULL,
-        status TEXT NOT NULL CHECK (status IN ('done', 'failed')),
-        reason TEXT CHECK ((reason IS NOT NULL) = (status = 'failed')),
+        status TEXT NOT NULL CHECK (status IN ('done', 'failed', 'stopped')),
+        reason TEXT CHECK ((reason IS NULL) = (status = 'done')),
+        estimate TEXT CHECK ((estimate IS NOT NULL) = (status = 'stopped')),  -- JSON, of one stopped early
         proven INTEGER NOT NULL CHECK (proven IN (0, 1)),  -- the engine's self-test had passed
         timings TEXT NOT NULL,  -- JSON, name to seconds
         swap TEXT NOT NULL,  -- JSON, what the swap to it moved: bytes by place, destinations
+        metrics TEXT NOT NULL,  -- JSON, what benchmarks report besides their means
         recorded TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%SZ', 'now')),
         UNIQUE (mixture, repeat)
     )""",
     """CREATE TABLE benchmark_score (
         candidate INTEGER NOT NULL REFERENCES candidate (id),
         benchmark TEXT NOT NULL,
-        score REAL NOT NULL,  -- mean over the items
+        score REAL NOT NULL,  -- mean over the items that have one
         PRIMARY KEY (candidate, benchmark)
     ) WITHOUT ROWID""",
     """CREATE TABLE item (
@@ -49,8 +51,11 @@ _SCHEMA = (
     """CREATE TABLE item_score (
         candidate INTEGER NOT NULL REFERENCES candidate (id),
         item INTEGER NOT NULL REFERENCES item (id),
-        score REAL NOT NULL,
+        score REAL CHECK ((score IS NULL) = (error IS NOT NULL)),
         text TEXT,  -- what the model answered, where it was kept
+        error TEXT,  -- why the item could not be scored
+        cut INTEGER NOT NULL,  -- tokens of its prompts that did not fit the model
+        unfinished INTEGER NOT NULL,  -- answers that were ended by their limit
         PRIMARY KEY (candidate, item)
     ) WITHOUT ROWID""",
 )

@@ -6,6 +6,7 @@ import json
 import math
 import sqlite3
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import numpy as np
 from mergemix.mixture import Mixture
 from mergemix.study import database, manifest
 from mergemix.study.lock import DirectoryLock
-from mergemix.study.records import CandidateRecord, ItemRecord, ItemResult
+from mergemix.study.records import CandidateRecord, Estimate, ItemRecord, ItemResult
 
-_CANDIDATE = "SELECT id, mixture, repeat, origin, status, reason, proven, timings, swap FROM candidate"
+_CANDIDATE = (
+    "SELECT id, mixture, repeat, origin, status, reason, proven, timings, swap, "
+    "metrics, estimate FROM candidate"
+)
 
 
 class Study:
@@ -88,13 +92,13 @@ class Study:
             manifest.write(self._connection, "info", info)
         rows = self._connection.execute(
             "SELECT id FROM candidate WHERE status = 'failed' AND id > "
-            "(SELECT coalesce(max(id), 0) FROM candidate WHERE status = 'done')"
+            "(SELECT coalesce(max(id), 0) FROM candidate WHERE status != 'failed')"
         )
         self._to_retry = {row[0] for row in rows}
 
     def _holds_nothing(self) -> bool:
         return (
-            self._connection.execute("SELECT count(*) FROM candidate WHERE status = 'done'").fetchone()[0]
+            self._connection.execute("SELECT count(*) FROM candidate WHERE status != 'failed'").fetchone()[0]
             == 0
         )
 
@@ -127,34 +131,49 @@ class Study:
         timings: Mapping[str, float],
         swap: Mapping[str, Any] | None = None,
         proven: bool = False,
+        metrics: Mapping[str, Mapping[str, float]] | None = None,
+        stopped: tuple[str, Estimate] | None = None,
     ) -> CandidateRecord:
         """Store one evaluated candidate with all its items, whole or not at all, and return it as stored.
 
-        proven: the engine's self-test had passed before these scores were taken. swap: JSON values.
+        proven: the engine's self-test had passed before these scores were taken. swap: JSON values. metrics: what the
+        benchmarks report besides means. stopped: why it was stopped before it had answered all items, and its estimate.
 
-        Raises ValueError when a result already stands for this mixture and repeat, there are no results, or a
-        score is not finite; OutputError when the disk is full (earlier results are intact).
+        Raises ValueError when a result already stands for this mixture and repeat, there are no results, a
+        score is not finite, or a result has neither score nor error; OutputError when the disk is full (earlier
+        results are intact).
         """
-        if not results:
-            raise ValueError(f"a done candidate has item results, but {mixture} has none")
-        for result in results:
-            if not math.isfinite(result.score):
-                raise ValueError(f"item {result.item!r} of {result.benchmark!r} has the score {result.score}")
+        _check_results(mixture, results)
+        reason, estimate = stopped or (None, None)
+        row = {
+            "origin": origin,
+            "status": "done" if stopped is None else "stopped",
+            "reason": reason,
+            "estimate": None if estimate is None else json.dumps(asdict(estimate)),
+            "proven": int(proven),
+            "timings": _seconds(timings),
+            "swap": json.dumps(dict(swap or {})),
+            "metrics": json.dumps({name: dict(values) for name, values in (metrics or {}).items()}),
+        }
         with database.explained(self.path), database.transaction(self._connection):
-            candidate = self._put(mixture, repeat, origin, None, timings, swap or {}, proven)
+            candidate = self._put(mixture, repeat, row)
             self._connection.executemany(
                 "INSERT INTO item (benchmark, item) VALUES (?, ?) ON CONFLICT DO NOTHING",
                 [(result.benchmark, result.item) for result in results],
             )
             self._connection.executemany(
-                "INSERT INTO item_score (candidate, item, score, text) "
-                "SELECT ?, id, ?, ? FROM item WHERE benchmark = ? AND item = ?",
-                [(candidate, float(r.score), r.text, r.benchmark, r.item) for r in results],
+                "INSERT INTO item_score (candidate, item, score, text, error, cut, unfinished) "
+                "SELECT ?, id, ?, ?, ?, ?, ? FROM item WHERE benchmark = ? AND item = ?",
+                [
+                    (candidate, r.score, r.text, r.error, r.cut, r.unfinished, r.benchmark, r.item)
+                    for r in results
+                ],
             )
-            self._connection.executemany(
-                "INSERT INTO benchmark_score (candidate, benchmark, score) VALUES (?, ?, ?)",
-                [(candidate, benchmark, mean) for benchmark, mean in _means(results).items()],
-            )
+            if stopped is None:  # the means of different items are not comparable
+                self._connection.executemany(
+                    "INSERT INTO benchmark_score (candidate, benchmark, score) VALUES (?, ?, ?)",
+                    [(candidate, benchmark, mean) for benchmark, mean in _means(results).items()],
+                )
         return self._get(candidate)
 
     def record_failure(
@@ -168,25 +187,20 @@ class Study:
     ) -> CandidateRecord:
         """Store that a candidate failed, and why. Raises like `record`."""
         with database.explained(self.path), database.transaction(self._connection):
-            candidate = self._put(mixture, repeat, origin, reason, timings or {}, {}, proven=False)
+            row = {"origin": origin, "status": "failed", "reason": reason, "estimate": None, "proven": 0}
+            row |= {"timings": _seconds(timings or {}), "swap": "{}", "metrics": "{}"}
+            candidate = self._put(mixture, repeat, row)
         return self._get(candidate)
 
     def results(self, candidate_id: int) -> list[ItemRecord]:
         """All item results of a candidate in suite order; empty when it failed."""
         with database.explained(self.path):
             rows = self._connection.execute(
-                "SELECT benchmark, item.item, score, text FROM item_score "
+                "SELECT benchmark, item.item, score, text, error, cut, unfinished FROM item_score "
                 "JOIN item ON item.id = item_score.item WHERE candidate = ? ORDER BY item.id",
                 (candidate_id,),
             )
             return [ItemRecord(*row) for row in rows]
-
-    def item_scores(self, candidate_id: int) -> dict[str, list[tuple[str, float]]]:
-        """(item, score) by benchmark, in suite order."""
-        scores: dict[str, list[tuple[str, float]]] = {}
-        for result in self.results(candidate_id):
-            scores.setdefault(result.benchmark, []).append((result.item, result.score))
-        return scores
 
     def score_matrix(self, benchmark: str, candidate_ids: Sequence[int]) -> tuple[list[str], np.ndarray]:
         """The benchmark's items in suite order, and their float64 scores [candidates, items].
@@ -204,7 +218,7 @@ class Study:
                     "SELECT item, score FROM item_score WHERE candidate = ?", (candidate,)
                 )
                 for item_id, score in scores:
-                    if item_id in column:
+                    if item_id in column and score is not None:
                         matrix[row, column[item_id]] = score
         return [name for _, name in items], matrix
 
@@ -212,6 +226,19 @@ class Study:
         """How many items have been answered by all candidates together: what the study has cost."""
         with database.explained(self.path):
             return int(self._connection.execute("SELECT count(*) FROM item_score").fetchone()[0])
+
+    def item_troubles(self) -> dict[str, dict[str, int]]:
+        """By benchmark, of all candidates' answers: items, errors, cut (prompts did not fit), unfinished answers.
+
+        Benchmarks without any trouble are left out.
+        """
+        with database.explained(self.path):
+            rows = self._connection.execute(
+                "SELECT benchmark, count(*), count(error), sum(cut > 0), sum(unfinished > 0) FROM item_score "
+                "JOIN item ON item.id = item_score.item GROUP BY benchmark ORDER BY benchmark"
+            ).fetchall()
+        names = ("items", "errors", "cut", "unfinished")
+        return {name: dict(zip(names, counts, strict=True)) for name, *counts in rows if any(counts[1:])}
 
     def close(self) -> None:
         """Close the file and let others in; safe to call twice."""
@@ -225,37 +252,22 @@ class Study:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _put(
-        self,
-        mixture: Mixture,
-        repeat: int,
-        origin: str,
-        reason: str | None,
-        timings: Mapping[str, float],
-        swap: Mapping[str, Any],
-        proven: bool,
-    ) -> int:
+    def _put(self, mixture: Mixture, repeat: int, row: Mapping[str, Any]) -> int:
         """Write the candidate's row in the caller's transaction; a failure that is retried keeps its id."""
-        status = "done" if reason is None else "failed"
-        seconds = json.dumps({name: float(s) for name, s in timings.items()})
-        values = (origin, status, reason, int(proven), seconds, json.dumps(dict(swap)))
         found = self._connection.execute(
             "SELECT id FROM candidate WHERE mixture = ? AND repeat = ?", (mixture.key(), repeat)
         ).fetchone()
         if found is None:
+            row = {"mixture": mixture.key(), "repeat": repeat, **row}
+            places = ", ".join("?" * len(row))
             cursor = self._connection.execute(
-                "INSERT INTO candidate (mixture, repeat, origin, status, reason, proven, timings, swap) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (mixture.key(), repeat, *values),
+                f"INSERT INTO candidate ({', '.join(row)}) VALUES ({places})", tuple(row.values())
             )
             return int(cursor.lastrowid or 0)
         if found[0] not in self._to_retry:
             raise ValueError(f"repeat {repeat} of {mixture} has a result already: candidate {found[0]}")
-        self._connection.execute(
-            "UPDATE candidate SET origin = ?, status = ?, reason = ?, proven = ?, timings = ?, swap = ? "
-            "WHERE id = ?",
-            (*values, found[0]),
-        )
+        changes = ", ".join(f"{name} = ?" for name in row)
+        self._connection.execute(f"UPDATE candidate SET {changes} WHERE id = ?", (*row.values(), found[0]))
         return int(found[0])
 
     def _get(self, candidate_id: int) -> CandidateRecord:
@@ -273,6 +285,11 @@ class Study:
             ):
                 if candidate in scores:
                     scores[candidate][benchmark] = score
+            answered = dict(
+                self._connection.execute(
+                    f"SELECT candidate, count(*) FROM item_score{wanted} GROUP BY candidate"
+                )
+            )
         return [
             CandidateRecord(
                 id=row[0],
@@ -285,14 +302,31 @@ class Study:
                 timings=json.loads(row[7]),
                 swap=json.loads(row[8]),
                 scores=scores[row[0]],
+                metrics=json.loads(row[9]),
+                items=answered.get(row[0], 0),
+                estimate=None if row[10] is None else Estimate(**json.loads(row[10])),
             )
             for row in rows
         ]
 
 
+def _check_results(mixture: Mixture, results: Sequence[ItemResult]) -> None:
+    if not results:
+        raise ValueError(f"an evaluated candidate has item results, but {mixture} has none")
+    for result in results:
+        finite = result.score is not None and math.isfinite(result.score)
+        if not finite and (result.error is None or result.score is not None):
+            raise ValueError(f"item {result.item!r} of {result.benchmark!r} has the score {result.score}")
+
+
+def _seconds(timings: Mapping[str, float]) -> str:
+    return json.dumps({name: float(seconds) for name, seconds in timings.items()})
+
+
 def _means(results: Sequence[ItemResult]) -> dict[str, float]:
-    """Mean score by benchmark; exactly rounded sums, so that the order of the items does not matter."""
+    """Mean score by benchmark over the items that have one; exactly rounded sums, so the order does not matter."""
     scores: dict[str, list[float]] = {}
     for result in results:
-        scores.setdefault(result.benchmark, []).append(float(result.score))
+        if result.score is not None:
+            scores.setdefault(result.benchmark, []).append(float(result.score))
     return {benchmark: math.fsum(values) / len(values) for benchmark, values in scores.items()}

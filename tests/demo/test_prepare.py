@@ -79,7 +79,7 @@ def test_benchmarks_are_what_the_search_can_load(made):
         assert (search[name].capability, search[name].metric) == (name, "loglikelihood")
         assert len(search[name].items) == len(test[name].items) == SETTINGS.items
         assert not {i.prompt for i in search[name].items} & {i.prompt for i in test[name].items}
-        request = search[name].requests(search[name].items[0])[0]
+        request = search[name].requests(0)[0]
         assert request.context + request.continuation == (
             search[name].items[0].prompt + search[name].items[0].answers[0]
         )

@@ -15,7 +15,6 @@ from mergemix.evals.graders import (
     grade,
     last_number,
     make_grader,
-    most_likely,
 )
 
 
@@ -124,11 +123,6 @@ def test_any_of_several_references_is_right() -> None:
     assert grade(Exact(), "c", ["a", "b"]) == 0.0
 
 
-@given(st.lists(st.floats(-1e3, 0), min_size=1))
-def test_most_likely_is_the_first_of_the_highest(logprobs: list[float]) -> None:
-    assert most_likely(logprobs) == logprobs.index(max(logprobs))
-
-
 def test_a_grader_from_a_benchmark_file() -> None:
     assert make_grader("exact", "b.yaml") == Exact()
     assert make_grader({"name": "numeric", "tolerance": 1}, "b.yaml") == Numeric(1)
@@ -140,7 +134,7 @@ def test_a_grader_from_a_benchmark_file() -> None:
     ("spec", "message"),
     [
         ("exakt", "b.yaml: unknown grader 'exakt'; did you mean 'exact'?"),
-        (["exact"], "unknown grader ['exact']; known: choice, contains, exact, numeric, regex"),
+        (["exact"], "unknown grader ['exact']; known: choice, code, contains, exact, numeric, regex"),
         ({"ignore_case": True}, "unknown grader None"),
         ({"name": "exact", "ignore-case": True}, "unknown key 'ignore-case'; did you mean 'ignore_case'?"),
         ({"name": "exact", "ignore_case": 1}, "ignore_case must be true or false, but is 1 (int)"),

@@ -1,12 +1,25 @@
+import math
+from typing import get_args
+
 import numpy as np
 import pytest
+from scipy.stats import t as student
 
 from mergemix.evals import stats
-from mergemix.evals.stats import indistinguishable, interval, paired_difference
+from mergemix.evals.stats import (
+    Method,
+    engine_noise,
+    indistinguishable,
+    interval,
+    paired_difference,
+    t_quantile,
+    uninformative,
+)
 from mergemix.evals.utility import Utility
 
 UTILITY = Utility({"sums": 0.75, "mbpp": 0.25}, offset=-0.1)
 Items = dict[str, np.ndarray]
+both = pytest.mark.parametrize("method", get_args(Method))
 
 
 def pair(
@@ -21,35 +34,38 @@ def pair(
     return a, b
 
 
-def test_the_interval_agrees_with_the_analytic_one() -> None:
+@both
+def test_the_interval_is_estimate_plus_minus_standard_errors(method: Method) -> None:
     a, _ = pair(np.random.default_rng(0), sizes=(900, 400))
     variance = sum(w**2 * a[name].var() / len(a[name]) for name, w in UTILITY.weights.items())
-    low, high = interval(UTILITY, a, resamples=8000)
+    low, high = interval(UTILITY, a, method=method, resamples=8000)
     assert (low + high) / 2 == pytest.approx(UTILITY(a), abs=0.1 * variance**0.5)
     assert (high - low) / 2 == pytest.approx(1.96 * variance**0.5, rel=0.06)
-    low, high = interval(UTILITY, a, confidence=0.5, resamples=8000)
+    low, high = interval(UTILITY, a, confidence=0.5, method=method, resamples=8000)
     assert (high - low) / 2 == pytest.approx(0.674 * variance**0.5, rel=0.06)
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+@both
+def test_intervals_cover_the_truth_as_often_as_they_say(method: Method) -> None:
     rng = np.random.default_rng(1)
     covered = 0
     trials = 300
     for seed in range(trials):
         items = {name: (rng.random(100) < p).astype(float) for name, p in {"sums": 0.3, "mbpp": 0.8}.items()}
-        low, high = interval(UTILITY, items, resamples=300, seed=seed)
+        low, high = interval(UTILITY, items, method=method, resamples=300, seed=seed)
         covered += low <= -0.1 + 0.75 * 0.3 + 0.25 * 0.8 <= high
     # Binomial(300, 0.95) has a standard deviation of 1.3 percent; the bootstrap is slightly narrow.
     assert 0.90 <= covered / trials <= 0.985
 
 
-def test_paired_intervals_cover_the_true_difference_as_often_as_they_say() -> None:
+@both
+def test_paired_intervals_cover_the_true_difference_as_often_as_they_say(method: Method) -> None:
     """Resampling the two apart would give intervals ten times too wide, which cover it always."""
     rng = np.random.default_rng(2)
     covered = 0
     trials = 300
     for seed in range(trials):
-        difference = paired_difference(UTILITY, *pair(rng, gain=0.1), resamples=300, seed=seed)
+        difference = paired_difference(UTILITY, *pair(rng, gain=0.1), method=method, resamples=300, seed=seed)
         covered += difference.low <= 0.1 <= difference.high
     assert 0.90 <= covered / trials <= 0.985
 
@@ -113,22 +129,135 @@ def test_benchmarks_that_do_not_count_change_nothing() -> None:
     assert interval(UTILITY, {**a, "extra": np.array([np.nan])}) == interval(UTILITY, a)
 
 
-def test_the_same_seed_gives_the_same_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_seed_gives_the_same_bootstrap_interval() -> None:
     a, b = pair(np.random.default_rng(9))
-    assert interval(UTILITY, a, seed=1) == interval(UTILITY, a, seed=1)
-    assert interval(UTILITY, a, seed=1) != interval(UTILITY, a, seed=2)
-    assert paired_difference(UTILITY, a, b, seed=1) == paired_difference(UTILITY, a, b, seed=1)
+
+    def bootstrap(seed: int) -> list[object]:
+        return [
+            interval(UTILITY, a, method="bootstrap", seed=seed),
+            paired_difference(UTILITY, a, b, method="bootstrap", seed=seed),
+        ]
+
+    assert bootstrap(1) == bootstrap(1)
+    assert all(x != y for x, y in zip(bootstrap(1), bootstrap(2), strict=True))
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 24 * 80 * 7])
-def test_intervals_in_small_chunks_of_memory(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+@pytest.mark.parametrize("chunk_bytes", [1, 16 * 80 * 7])
+def test_resampling_in_small_chunks_of_memory(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
     a, b = pair(np.random.default_rng(10))
-    whole = paired_difference(UTILITY, a, b)
+    whole = paired_difference(UTILITY, a, b, method="bootstrap")
     monkeypatch.setattr(stats, "_CHUNK_BYTES", chunk_bytes)
-    assert paired_difference(UTILITY, a, b) == pytest.approx(whole, abs=0.02)
+    assert paired_difference(UTILITY, a, b, method="bootstrap") == pytest.approx(whole, abs=0.02)
 
 
 def test_candidates_on_different_items_are_not_compared() -> None:
     a, b = pair(np.random.default_rng(11))
     with pytest.raises(ValueError, match="must have answered the same items of 'mbpp'"):
         paired_difference(UTILITY, a, {**b, "mbpp": b["mbpp"][1:]})
+
+
+@both
+def test_only_common_items_are_compared(method: Method) -> None:
+    """Items that only one has a score for would move the estimate by much, and must not."""
+    a, b = pair(np.random.default_rng(12))
+    common = {name: slice(5, len(values) - 3) for name, values in a.items()}
+    expected = paired_difference(
+        UTILITY,
+        {name: a[name][part] for name, part in common.items()},
+        {name: b[name][part] for name, part in common.items()},
+        method=method,
+    )
+    for name in UTILITY.weights:
+        a[name][:5], b[name][:5] = 100.0, np.nan
+        a[name][-3:], b[name][-3:] = np.nan, -100.0
+    assert paired_difference(UTILITY, a, b, method=method) == expected
+    assert np.isfinite(interval(UTILITY, a, method=method)).all()
+    with pytest.raises(ValueError, match="a score for an item of 'mbpp' in common"):
+        paired_difference(UTILITY, a, {**b, "mbpp": np.full(40, np.nan)}, method=method)
+
+
+def test_few_items_give_wide_intervals_and_one_gives_no_bound() -> None:
+    """With 2 + 2 items of the same spread a normal quantile would cover 78 % instead of 95 %."""
+    utility, rng = Utility({"x": 0.5, "y": 0.5}, 0.0), np.random.default_rng(13)
+    covered = 0
+    for _ in range(1000):
+        low, high = interval(utility, {"x": rng.normal(size=2), "y": rng.normal(size=2)})
+        assert math.isfinite(low)
+        assert math.isfinite(high)
+        covered += low <= 0 <= high
+    assert covered >= 930
+    assert interval(utility, {"x": np.array([1.0]), "y": rng.normal(size=9)}) == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3.7, 12, 49.9, 50.1, 400, 1e5, 1e7])
+@pytest.mark.parametrize("probability", [0.001, 0.4, 0.5, 0.9, 0.975, 0.99999])
+def test_quantiles_of_student_s_t(probability: float, freedom: float) -> None:
+    expected = student.ppf(probability, freedom)
+    assert t_quantile(probability, freedom) == pytest.approx(expected, rel=5e-6, abs=1e-9)
+    assert t_quantile(0.975, math.inf) == pytest.approx(1.959964, abs=1e-6)
+
+
+def noisy(rng: np.random.Generator, items: Items, share: float) -> Items:
+    """The items with a share of the answers flipped."""
+    return {name: np.where(rng.random(len(x)) < share, 1 - x, x) for name, x in items.items()}
+
+
+def test_the_engine_noise_is_the_spread_of_repeated_evaluations() -> None:
+    rng = np.random.default_rng(14)
+    truth = {name: (rng.random(300) < 0.5).astype(float) for name in UTILITY.weights}
+    pairs = [(noisy(rng, truth, 0.05), noisy(rng, truth, 0.05)) for _ in range(400)]
+    moved = [UTILITY(a) - UTILITY(b) for a, b in pairs]
+    noise = engine_noise(UTILITY, pairs)
+    assert noise is not None
+    assert noise.standard_error == pytest.approx(np.std(moved), rel=0.1)
+    assert noise.largest == pytest.approx(np.abs(moved).max())
+    assert noise.flipped == pytest.approx(2 * 0.05 * 0.95, rel=0.1)
+    one = engine_noise(UTILITY, pairs[:1])
+    assert one is not None
+    assert one.standard_error == pytest.approx(np.std(moved), rel=0.35)
+    assert one.floor() >= max(one.largest, 1.95 * one.standard_error)
+    assert np.mean([abs(m) <= one.floor() for m in moved]) > 0.85
+
+
+def test_an_engine_that_answers_the_same_twice_has_no_noise() -> None:
+    a, _ = pair(np.random.default_rng(15))
+    assert engine_noise(UTILITY, []) is None
+    noise = engine_noise(UTILITY, [(a, a)])
+    assert noise == (0.0, 0.0, 0.0)
+    assert noise is not None
+    assert noise.floor() == 0.0
+
+
+def test_noise_that_cancels_in_the_mean_still_counts() -> None:
+    """As many items gained as lost: the utilities are equal, by luck."""
+    a = {name: np.tile([0.0, 1.0], 50) for name in UTILITY.weights}
+    noise = engine_noise(UTILITY, [(a, {name: 1 - x for name, x in a.items()})])
+    assert noise is not None
+    assert noise.largest == 0
+    assert noise.floor() > 0.1
+
+
+def test_correcting_for_the_number_of_comparisons_keeps_equals_together() -> None:
+    """Of 40 candidates that differ by chance alone, one or two look different, unless it is corrected for."""
+    rng = np.random.default_rng(16)
+    plain = corrected = 0
+    for _ in range(20):
+        best, _ = pair(rng)
+        others = {k: {name: x + rng.normal(0, 0.3, len(x)) for name, x in best.items()} for k in range(40)}
+        plain += 40 - len(indistinguishable(UTILITY, best, others))
+        corrected += 40 - len(indistinguishable(UTILITY, best, others, correct=True))
+    assert plain >= 15
+    assert corrected <= 5
+
+
+def test_benchmarks_that_tell_nothing_apart() -> None:
+    a = {"same": np.array([0.0, 1.0]), "mean": np.array([0.0, 1.0, 1.0]), "tells": np.array([0.0, 1.0])}
+    b = {"same": np.array([0.0, 1.0]), "mean": np.array([1.0, 1.0, 0.0]), "tells": np.array([1.0, 1.0])}
+    assert uninformative([a, b]) == {
+        "same": "all candidates score the same on every item",
+        "mean": "all candidates have the same mean score",
+    }
+    assert uninformative([a]) == uninformative([]) == {}
+    nan = np.nan
+    failed = {"same": np.array([nan, 1.0]), "mean": np.array([nan, 0.0, 1.0]), "tells": np.full(2, nan)}
+    assert set(uninformative([a, failed])) == {"same"}

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergemix.errors import ConfigError
+from mergemix.errors import BenchmarkError, ConfigError
 from mergemix.evals.utility import (
     NORMALIZATIONS,
     Utility,
@@ -129,3 +129,76 @@ def test_a_normalisation_without_its_references(normalize: str, references: dict
 def test_a_benchmark_that_does_not_count_is_not_needed() -> None:
     assert make_utility(CAPABILITIES, "code") == Utility({"mbpp": 1.0}, 0.0)
     assert make_utility(CAPABILITIES, "code")({"mbpp": 0.5}) == 0.5
+
+
+LOWER = {"mbpp": -1}  # as if mbpp were a perplexity; base 0.4, experts 0.2 and 0.3
+
+
+@pytest.mark.parametrize(
+    ("normalize", "score", "expected"),
+    [
+        ("raw", 0.5, -0.5),
+        ("base", 0.1, 0.3),
+        ("minmax", 0.4, 0.0),  # the base
+        ("minmax", 0.2, 1.0),  # the best expert is the lowest
+        ("zscore", 0.3, 0.0),  # the mean of the references
+        ("zscore", 0.3 - 0.5**0.5 / 10, 1.0),
+    ],
+)
+def test_a_benchmark_where_lower_is_better(normalize: str, score: float, expected: float) -> None:
+    utility = make_utility(CAPABILITIES, "code", normalize, **REFERENCES, directions=LOWER)
+    assert utility({"mbpp": score}) == pytest.approx(expected)
+    assert utility.weights["mbpp"] < 0
+
+
+def test_minmax_where_no_expert_goes_below_the_base_is_the_loss_under_the_base() -> None:
+    worse = {"a": {"mbpp": 0.5}, "b": {"mbpp": 0.9}}
+    utility = make_utility({"code": ["mbpp"]}, normalize="minmax", base=BASE, experts=worse, directions=LOWER)
+    assert utility({"mbpp": 0.1}) == pytest.approx(0.3)
+
+
+@given(
+    st.dictionaries(st.sampled_from(["sums", "gsm", "mbpp"]), st.floats(-100, 1), min_size=3),
+    st.lists(st.sampled_from([1, -1]), min_size=3, max_size=3),
+)
+def test_every_normalisation_follows_the_directions(scores: dict[str, float], signs: list[int]) -> None:
+    directions = dict(zip(scores, signs, strict=True))
+    better = {name: score + directions[name] for name, score in scores.items()}
+    for normalize in NORMALIZATIONS:
+        utility = make_utility(CAPABILITIES, normalize=normalize, **REFERENCES, directions=directions)
+        assert utility(better) > utility(scores)
+
+
+def test_turning_a_benchmark_round_with_its_direction_changes_nothing() -> None:
+    def turned(scores: dict[str, float]) -> dict[str, float]:
+        return {**scores, "mbpp": -scores["mbpp"]}
+
+    references = {
+        "base": turned(BASE),
+        "uniform": turned(UNIFORM),
+        "experts": {name: turned(scores) for name, scores in EXPERTS.items()},
+    }
+    scores = {"sums": 0.3, "gsm": 0.2, "mbpp": 0.45}
+    for normalize in NORMALIZATIONS:
+        plain = make_utility(CAPABILITIES, normalize=normalize, **REFERENCES)
+        other = make_utility(CAPABILITIES, normalize=normalize, **references, directions=LOWER)
+        assert other(turned(scores)) == pytest.approx(plain(scores))
+
+
+def test_items_that_failed_are_left_out_of_means() -> None:
+    items = {"sums": np.array([np.nan, 1.0, 0.5]), "gsm": np.array([0.5]), "mbpp": np.array([1.0, np.nan])}
+    assert mean_score(items["sums"]) == 0.75
+    assert capability_scores(items, CAPABILITIES) == {"math": 0.625, "code": 1.0}
+    assert make_utility(CAPABILITIES)(items) == pytest.approx(0.8125)
+
+
+def test_a_benchmark_on_which_all_items_failed_has_no_score() -> None:
+    items = {"sums": np.array([1.0]), "gsm": np.full(3, np.nan), "mbpp": np.array([1.0])}
+    message = "benchmark 'gsm' must have a score for at least one item, but none of its 3 has one"
+    with pytest.raises(BenchmarkError, match=message):
+        make_utility(CAPABILITIES)(items)
+    with pytest.raises(BenchmarkError, match=message):
+        capability_scores(items, CAPABILITIES)
+    with pytest.raises(BenchmarkError, match=message):
+        make_utility(CAPABILITIES, normalize="base", base=items)
+    assert make_utility(CAPABILITIES, "code")(items) == 1.0

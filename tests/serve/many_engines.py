@@ -18,7 +18,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,20 @@ PRELOADED = (
 _KEPT: list[object] = []  # engines that go with the process, since vLLM takes long to let go of one
 
 
+@contextmanager
+def as_engine_errors() -> Iterator[None]:
+    """What the host raises, as a parent would get it."""
+    from mergemix.errors import EngineError, MergeMixError
+    from mergemix.serve.vllm_host import describe_error
+
+    try:
+        yield
+    except MergeMixError:
+        raise
+    except Exception as error:
+        raise EngineError(describe_error(error)) from error
+
+
 class LocalProcess:
     """In place of the engine's own process: the same host, called here."""
 
@@ -61,15 +76,18 @@ class LocalProcess:
         self.host: Any = Host()
 
     def call(self, method: str, *arguments: object) -> Any:
-        from mergemix.errors import EngineError, MergeMixError
-        from mergemix.serve.vllm_host import describe_error
-
-        try:
+        with as_engine_errors():
             return getattr(self.host, method)(*arguments)
-        except MergeMixError:
-            raise
-        except Exception as error:
-            raise EngineError(describe_error(error)) from error
+
+    def stream(self, method: str, *arguments: object) -> Generator[Any, None, Any]:
+        parts = getattr(self.host, method)(*arguments)
+        while True:
+            with as_engine_errors():
+                try:
+                    part = next(parts)
+                except StopIteration as end:
+                    return end.value
+            yield from part
 
     def stop(self) -> None:
         """Let vLLM go, so that this process can start another engine."""

@@ -31,8 +31,8 @@ STAGES: tuple[Stage, ...] = (
 class Fault:
     """What happens at a stage of the swap to the mixture with this key, in one rank, as often as `times` says.
 
-    how: "raise", "kill" (SIGKILL of the worker's process), "wait" (a second); silently "lose" a tensor that was
-    written, leave a module "stale", or "corrupt" the memory of the cache. `stage` matters to the first three only.
+    how: "raise", "kill" (SIGKILL of the worker's process), "wait" (a second); silently "lose" the largest tensor that
+    was written, leave a module "stale", or "corrupt" the memory of the cache. `stage` matters to the first three only.
     """
 
     key: str
@@ -69,7 +69,7 @@ class OneShotWorker(MergeWorker):
         if self._mergemix_expects("writing"):
             super().mergemix_write(plan, halved(change))
         self._mergemix_reach("writing")
-        lost = plan.moving[len(plan.moving) // 2]
+        lost = max(plan.moving, key=lambda copy: copy.nbytes)
         before = lost.destination.clone()
         if self._mergemix_silently("corrupt"):
             kept = plan.cache.tiers.index("device")

@@ -246,6 +246,33 @@ def test_generation_ends_soon_after_every_answer_has_said_its_stop(tmp_path: Pat
         assert stopped.num_tokens == next(each.num_tokens for each in [*shorter, answer] if stop in each.text)
 
 
+def test_sampling_follows_its_own_seed_and_leaves_torch_as_it_was(tmp_path: Path) -> None:
+    family, _ = tiny_family(tmp_path)
+    drawn = [Generate("the cat 12", 12, temperature=3.0, seed=seed) for seed in (1, 2, 1)]
+    with start(family) as engine:
+        before = torch.random.get_rng_state()
+        first, second, again = engine.generate(drawn)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert first == again
+        assert first.text != second.text
+        assert engine.generate([*(Generate(p, 9) for p in PROMPTS), drawn[1]])[-1] == second
+        (narrow,) = engine.generate([Generate("the cat 12", 12, temperature=3.0, top_p=1e-6, seed=5)])
+        assert narrow.text == engine.generate([Generate("the cat 12", 12)])[0].text
+
+
+def test_an_answer_says_whether_it_ended_by_itself_and_what_was_cut(tmp_path: Path) -> None:
+    family, _ = tiny_family(tmp_path)
+    with start(family, max_model_len=16) as engine:
+        (whole,) = engine.generate([Generate("x y z", 6)])
+        assert (whole.finished, whole.cut) == (False, 0)
+        (stopped,) = engine.generate([Generate("x y z", 6, (whole.text[2:4],))])
+        assert stopped.finished
+        (long,) = engine.generate([Generate((5,) * 30, 6)])
+        assert long.cut == 20
+        (scored,) = engine.loglikelihood([LogLikelihood((5,) * 30, (6, 7))])
+        assert (scored.cut, scored.num_tokens) == (17, 2)
+
+
 def test_max_model_len_shortens_prompts_and_cannot_exceed_the_model(tmp_path: Path) -> None:
     family, _ = tiny_family(tmp_path)
     with pytest.raises(ConfigError, match=rf"at most the model's {MAX_POSITIONS} tokens, but is 1000"):

@@ -75,13 +75,14 @@ class Checked(Toy):
     def __init__(self, initial: Mixture, problems: Sequence[str]) -> None:
         super().__init__(initial)
         self.problems = list(problems)
+        self.unseen: list[str] = []
 
     def apply_checked(self, mixture: Mixture, *, thorough: bool) -> list[str]:
         self.apply(mixture)
         return self.problems
 
     def describe(self) -> list[dict[str, Any]]:
-        return [{"problems": [], "bytes_written": 8, "uncovered": {"embed": 64}}]
+        return [{"problems": [], "unseen": self.unseen, "uncovered": {"embed": 64}}]
 
 
 def test_a_good_engine_is_proven_and_holds_the_initial_mixture_again() -> None:
@@ -108,9 +109,16 @@ def test_faults_are_problems() -> None:
     assert any("not the same" in problem for problem in prove(Toy(UNIFORM, "drifts"), UNIFORM).problems)
     problems = prove(Checked(UNIFORM, ["q: stale"]), UNIFORM).problems
     assert len([problem for problem in problems if "q: stale" in problem]) == 2
-    stuck = Checked(UNIFORM, [])
-    stuck.fault = "ignores"
-    assert any("no answer" in problem for problem in prove(stuck, UNIFORM).problems)
+
+
+def test_experts_that_answer_alike_are_no_problem_where_the_weights_were_compared() -> None:
+    alike = Checked(UNIFORM, [])
+    alike.fault = "ignores"  # so that no answer changes
+    assert prove(alike, UNIFORM).problems == ()
+    alike.unseen = ["layers.0.mlp.experts"]  # a module that nothing but answers can show to be right
+    [problem] = prove(alike, UNIFORM).problems
+    assert "changed no answer" in problem
+    assert "layers.0.mlp.experts" in problem
 
 
 def test_differences_within_the_measured_noise_are_none() -> None:

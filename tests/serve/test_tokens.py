@@ -134,8 +134,9 @@ def test_a_directory_without_a_tokenizer_is_an_error_that_names_it(tmp_path: Pat
 @given(length=st.integers(1, 30), max_tokens=st.integers(1, 15))
 def test_a_long_prompt_keeps_its_last_tokens_and_room_for_the_answer(length: int, max_tokens: int) -> None:
     encoder = RequestEncoder(QWEN, max_model_len=16)
-    ids = encoder.encode(Generate("x" * length, max_tokens)).ids
-    assert len(ids) == min(length, 16 - max_tokens)
+    encoded = encoder.encode(Generate("x" * length, max_tokens))
+    assert len(encoded.ids) == min(length, 16 - max_tokens)
+    assert encoded.cut == length - len(encoded.ids)
 
 
 @given(context=st.integers(0, 30), continuation=st.integers(1, 30))
@@ -146,6 +147,22 @@ def test_a_long_pair_keeps_its_last_tokens_and_scores_what_is_left_of_the_contin
     whole = [*(QWEN("x" * context)["input_ids"] or [1]), *QWEN("y" * continuation)["input_ids"]]
     assert list(encoded.ids) == whole[-15:]
     assert encoded.num_scored == min(continuation, len(encoded.ids) - 1)
+    assert encoded.cut == len(whole) - len(encoded.ids)
+
+
+@given(
+    context=st.lists(st.integers(0, 50), min_size=1), continuation=st.lists(st.integers(0, 50), min_size=1)
+)
+def test_ids_are_taken_as_they_are(context: list[int], continuation: list[int]) -> None:
+    encoder = RequestEncoder(QWEN, max_model_len=1000)
+    assert encoder.encode(Generate(tuple(context), 1)).ids == tuple(context)
+    encoded = encoder.encode(LogLikelihood(tuple(context), tuple(continuation)))
+    assert (encoded.ids, encoded.num_scored) == ((*context, *continuation), len(continuation))
+
+
+def test_text_with_ids_is_refused() -> None:
+    with pytest.raises(ConfigError, match="both be text, or both be token ids"):
+        RequestEncoder(QWEN, max_model_len=16).encode(LogLikelihood("x", (1,)))
 
 
 def test_truncation_is_logged_once_a_request(caplog: pytest.LogCaptureFixture) -> None:

@@ -16,8 +16,11 @@ INFO = {"mergemix": "0.1.0", "budget": 40}
 class Answer:
     benchmark: str
     item: str
-    score: float
+    score: float | None
     text: str | None = None
+    error: str | None = None
+    cut: int = 0
+    unfinished: int = 0
 
 
 def mixture(n: int) -> Mixture:

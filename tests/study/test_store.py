@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mergemix.errors import StudyError
 from mergemix.mixture import Mixture
-from mergemix.study import ItemRecord, Study
+from mergemix.study import Estimate, ItemRecord, Study
 from tests.study.answers import IDENTITY, INFO, NAMES, Answer, answers, mixture, open_study, record
 
 
@@ -38,7 +38,6 @@ def test_a_candidate_comes_back_whole(tmp_path):
             ItemRecord("arith", "a", 0.25, None),
             ItemRecord("arith", "b", 0.5, None),
         ]
-        assert study.item_scores(1) == {"zeta": [("z", 1.0)], "arith": [("a", 0.25), ("b", 0.5)]}
         assert study.item_evaluations() == 3
 
 
@@ -93,8 +92,45 @@ def test_score_matrices_are_paired_in_suite_order(tmp_path):
         expected = [[answer.score for answer in answers(n)[:3]] for n in (3, 1, 2)]
         expected[0][1:] = [np.nan, np.nan]
         np.testing.assert_array_equal(matrix, expected)
-        assert list(study.item_scores(2)) == ["zeta", "arith"]
         assert study.score_matrix("unknown", [1])[1].shape == (1, 0)
+
+
+def test_an_item_without_a_score_keeps_its_reason_and_is_no_zero(tmp_path):
+    broken = Answer("zeta", "b", None, "1/0", error="ZeroDivisionError", cut=7, unfinished=1)
+    with open_study(tmp_path) as study:
+        results = [Answer("zeta", "a", 1.0), broken, Answer("arith", "c", 0.5)]
+        given_back = study.record(mixture(1), origin="cma", results=results, timings={})
+        assert given_back.scores == {"zeta": 1.0, "arith": 0.5}
+        assert study.results(1)[1] == ItemRecord("zeta", "b", None, "1/0", "ZeroDivisionError", 7, 1)
+        np.testing.assert_array_equal(study.score_matrix("zeta", [1])[1], [[1.0, np.nan]])
+        for wrong in (replace(broken, error=None), replace(broken, score=1.0)):
+            with pytest.raises((ValueError, sqlite3.IntegrityError)):
+                study.record(mixture(2), origin="cma", results=[wrong], timings={})
+        assert study.find(mixture(2)) is None
+
+
+def test_a_stopped_candidate_has_an_estimate_and_no_means(tmp_path):
+    with open_study(tmp_path) as study:
+        record(study, 1)
+        stopped = ("worse than candidate 1 after 1 of 6 items", Estimate(0.25, 0.05))
+        given_back = study.record(
+            mixture(2), origin="cma", results=answers(2)[3:4], timings={}, stopped=stopped
+        )
+        assert (given_back.status, given_back.done) == ("stopped", False)
+        assert (given_back.reason, given_back.estimate) == stopped
+        assert given_back.scores == {}
+        study.record_failure(mixture(3), origin="cma", reason="the engine died")
+    with open_study(tmp_path) as study:
+        assert study.find(mixture(2)) == given_back
+        assert study.find(mixture(3)) is None, "a failure that ended the run is tried again"
+        assert study.item_evaluations() == 7
+
+
+def test_what_benchmarks_report_besides_is_kept(tmp_path):
+    metrics = {"zeta": {"exact_match,strict": 1 / 3}}
+    with open_study(tmp_path) as study:
+        study.record(mixture(1), origin="cma", results=answers(1), timings={}, metrics=metrics)
+        assert study.find(mixture(1)).metrics == metrics
 
 
 def test_a_second_result_for_the_same_candidate_is_refused(tmp_path):

@@ -160,8 +160,8 @@ def test_another_schema_version_and_another_program_are_refused(tmp_path):
     open_study(tmp_path).close()
     path = tmp_path / FILE_NAME
     for statement, rule in [
-        ("PRAGMA user_version = 1", "schema version 2, but .* has version 1"),
-        ("PRAGMA user_version = 3", "schema version 2, but .* has version 3"),
+        ("PRAGMA user_version = 2", "schema version 3, but .* has version 2"),
+        ("PRAGMA user_version = 4", "schema version 3, but .* has version 4"),
         ("PRAGMA application_id = 7", "not a study"),
     ]:
         with sqlite3.connect(path) as connection:
