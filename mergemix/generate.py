@@ -75,7 +75,8 @@ class GenerateConfig:
 def generate(config: GenerateConfig, stage: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Answer all prompts with each mixture in turn, greedily, from one engine; returns mixtures and outputs.
 
-    A mixture on which the engine breaks is tried once more, on a new one. stage: told what is being done. Raises MergeMixError for everything that a user can mend.
+    A mixture on which the engine breaks is tried once more, on a new one. stage: told what is being done.
+    Raises MergeMixError for everything that a user can mend.
     """
     begin = time.perf_counter()
     recipes, prompts = config.recipes(), read_prompts(config.prompts)

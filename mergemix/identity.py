@@ -9,6 +9,7 @@ from mergemix.checkpoints.adapter import fingerprint
 from mergemix.checkpoints.family import Family
 from mergemix.config import RunConfig
 from mergemix.errors import ConfigError
+from mergemix.evals.split import asked_by
 from mergemix.evals.suite import Suite
 from mergemix.evals.utility import parse_utility
 from mergemix.search import Search
@@ -54,13 +55,13 @@ def check_suites(config: RunConfig, suite: Suite, holdout: Suite | None) -> None
     except ConfigError as error:
         raise ConfigError(f"--holdout: {error}") from None
     seen = {
-        tuple(benchmark.requests(index)): benchmark.name
+        tuple(asked_by(benchmark, index)): benchmark.name
         for benchmark in suite.benchmarks
         for index in range(len(benchmark.item_ids))
     }
     for benchmark in holdout.benchmarks:
         for index, item in enumerate(benchmark.item_ids):
-            asked = tuple(benchmark.requests(index))
+            asked = tuple(asked_by(benchmark, index))
             if asked in seen:
                 raise ConfigError(
                     f"--holdout: the search must not see held-out items, but item {item!r} of {benchmark.source} "

@@ -21,9 +21,10 @@ from mergemix.serve.engine import EngineSpec
 from mergemix.study import CandidateRecord, Study
 
 
-def load_suites(config: RunConfig, family: Family) -> tuple[Suite, Suite | None]:
+def load_suites(config: RunConfig, family: Family, kind: Literal["vllm", "hf"]) -> tuple[Suite, Suite | None]:
     """What the search is scored on, and what only its finalists are: held-out benchmarks and a share of the others.
 
+    kind: of the engine, whose limits decide which texts fit.
     Raises BenchmarkError and ConfigError for what would fail later: before any cost.
     """
     context = Context(
@@ -32,6 +33,7 @@ def load_suites(config: RunConfig, family: Family) -> tuple[Suite, Suite | None]
         allow_code=config.allow_code_execution,
         max_model_len=config.max_model_len,
         seed=config.seed,
+        engine=kind,
     )
     seen = load_benchmarks(config.bench, context)
     unseen = load_benchmarks(config.holdout, context) if config.holdout else []

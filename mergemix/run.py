@@ -38,11 +38,11 @@ def run(config: RunConfig, observer: Observer | None = None) -> dict[str, Any]:
     observer = observer or Silent()
     observer.stage("reading checkpoints and benchmarks")
     family = open_family(config.base, config.experts)
-    suite, holdout = load_suites(config, family)
+    kind = resolve_kind(config.engine)
+    suite, holdout = load_suites(config, family, kind)
     baselines = baseline_mixtures(family.names, has_base=family.base is not None)
     check_item_budget(config, suite, len(baselines))
     search = make_search(config, family)
-    kind = resolve_kind(config.engine)
     spec = engine_spec(config, family, kind)
     identity, info = identify(config, family, suite, search, kind), provenance(config, family)
 

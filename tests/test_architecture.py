@@ -10,15 +10,18 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"__main__"},
     {"cli"},
+    {"options"},
     {"run", "generate"},
     {"demo", "report", "doctor"},
-    {"evidence", "identity"},
+    {"evidence", "preparation"},
+    {"course", "identity"},
     {"evaluator"},
-    {"search", "study", "evals"},
+    {"search"},
+    {"study", "evals"},
     {"serve"},
     {"merge"},
     {"checkpoints"},
-    {"config", "options", "mixture"},
+    {"config", "mixture"},
     {"errors", "units"},
 ]
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}

@@ -22,6 +22,7 @@ from mergemix.generate import STDIN, GenerateConfig, generate, read_prompts
 from mergemix.merge import merge_to_directory
 from mergemix.mixture import LayerGroup, Mixture
 from mergemix.report.generate_tables import generate_table, printable
+from mergemix.serve import hf_engine
 from mergemix.serve.engine import Engine, EngineSpec, Generate
 from mergemix.serve.hf_engine import HfEngine
 from mergemix.serve.open import start_engine
@@ -287,6 +288,32 @@ def test_an_engine_whose_swaps_are_wrong_is_replaced_and_that_is_told(
     assert "NOT proven" in shown(generate_table(result))
     texts = [each["text"] for each in result["outputs"]]
     assert texts[len(PROMPTS) :] == fresh_answers(paths, Mixture.one_hot(NAMES, "code"), "hf", tmp_path)
+
+
+def test_a_mixture_whose_swap_goes_wrong_is_answered_by_a_new_engine(
+    paths: dict[str, Path], prompts: Path, starts: list[Mixture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = GenerateConfig(
+        experts={name: str(paths[name]) for name in NAMES},
+        prompts=prompts,
+        weights=[{"math": 1}, {"code": 1}],
+        max_tokens=MAX_TOKENS,
+        engine="hf",
+    )
+    right = generate(config)
+    real, swaps = hf_engine.stream, [0]
+
+    def stream(plan: Any, sink: Any) -> Any:
+        swaps[0] += 1
+        # The load, two swaps of the self-test, the first mixture, and then the second one: nothing is written.
+        return None if swaps[0] == 5 else real(plan, sink)
+
+    monkeypatch.setattr(hf_engine, "stream", stream)
+    result = generate(config)
+    assert len(starts) == 3
+    assert swaps[0] > 5
+    assert result["proven"] is True
+    assert [each["text"] for each in result["outputs"]] == [each["text"] for each in right["outputs"]]
 
 
 def test_a_failed_engines_log_is_kept_and_otherwise_nothing(

@@ -22,7 +22,7 @@ _SAID = re.compile(
     r"(?i:\banswer\b)[\s*_:]*(?i:\bis\b|:|=)[\s*_:]*(?i:option|choice)?\s*[\"'\u201c($\[*]*([A-Z])(?![\w'])"
 )
 _LEADING = re.compile(r"[\s*_\"'$]*(?:[(\[]([A-Z])[)\]]|([A-Z])[*_]*(?:[.):](?!\w)|\s*\n|\s+-))")
-_AROUND = " \t\r\n*_\"'`$()[]{}.,:;!"
+_AROUND = " \t\r\n*_\"'`$()[]{}.,:;!?"
 
 
 def most_likely(logprobs: Sequence[float]) -> int:

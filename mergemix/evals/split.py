@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mergemix.errors import ConfigError
 from mergemix.evals.suite import Benchmark, Score
-from mergemix.serve.engine import Output, Request
+from mergemix.serve.engine import Generate, Output, Request
 
 
 class Subset:
@@ -50,7 +51,7 @@ def split_items(
     held: list[Benchmark] = []
     for benchmark in benchmarks:
         digests = [
-            hashlib.sha256(f"{seed} {benchmark.name} {benchmark.requests(index)!r}".encode()).digest()
+            hashlib.sha256(f"{seed} {benchmark.name} {asked_by(benchmark, index)!r}".encode()).digest()
             for index in range(len(benchmark.item_ids))
         ]
         ranked = sorted(digests)
@@ -65,3 +66,9 @@ def split_items(
         kept.append(Subset(benchmark, outside))
         held.append(Subset(benchmark, inside))
     return kept, held
+
+
+def asked_by(benchmark: Benchmark, index: int) -> list[Request]:
+    """What an item asks, whatever its random numbers are: they differ between items that ask the same."""
+    asked = benchmark.requests(index)
+    return [replace(each, seed=0) if isinstance(each, Generate) else each for each in asked]

@@ -42,7 +42,7 @@ from mergemix.evals.utility import Utility
 
 ALPHA = 0.05
 PRIOR_ITEMS = 2.0
-_NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(96)
+_NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
 _NORMAL = NormalDist()
 _FAR = 8.0  # standard deviations beyond which a normal density is nothing
 
@@ -181,7 +181,7 @@ def _critical_values(information: tuple[float, ...], alpha: float) -> tuple[floa
     for time in information:
         scale, step = math.sqrt(time), math.sqrt(time - past)
         low, high = 0.0, _FAR
-        for _ in range(40):
+        for _ in range(30):
             z = (low + high) / 2
             below = [_NORMAL.cdf(x) for x in ((-z * scale - points) / step).tolist()]
             low, high = (z, high) if float(density @ np.array(below)) > share else (low, z)

@@ -18,7 +18,7 @@ PREFIXES = ("psm_", "vllm_dist_")
 
 
 def mapped_by(session: int) -> dict[Path, int]:
-    """Path and inode of the files in shared memory that living processes of the session have mapped; {} without /proc."""
+    """Path -> inode of the files in shared memory that its living processes have mapped; {} without /proc."""
     found: dict[Path, int] = {}
     with suppress(OSError):
         for process in PROCESSES.iterdir():

@@ -33,9 +33,9 @@ class MergeWorker:
     def mergemix_describe(self) -> dict[str, Any]:
         """This rank's plan.
 
-        bytes_written by a swap of everything, transformed modules, those of them of which only answers show whether they
-        use new weights ("unseen"), uncovered bytes by name, problems, and "cache": the bytes of operands by the tier that
-        they are assigned to, and of adapters' factors, which are always in memory.
+        bytes_written by a swap of everything, transformed modules, those of them of which only answers show whether
+        they use new weights ("unseen"), uncovered bytes by name, problems, and "cache": the bytes of operands by the
+        tier that they are assigned to, and of adapters' factors, which are always in memory.
         """
         loaded = self._mergemix_loaded()
         return {

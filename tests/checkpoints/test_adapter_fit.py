@@ -126,6 +126,21 @@ def test_one_half_of_tied_embeddings_is_refused(
             fitted(base, tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("told", [{"tie_word_embeddings": True}, {}])
+def test_a_layer_with_as_many_rows_as_there_are_tokens_is_no_tied_embedding(
+    tmp_path: Path, told: dict[str, Any]
+) -> None:
+    layer = "model.layers.0.mlp.up_proj"
+    shapes = {"model.embed_tokens.weight": (24, 16), f"{layer}.weight": (24, 16)}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 24, **told}
+    base = write_checkpoint(tmp_path / "base", random_tensors(shapes, 0), config)
+    adapter = write_adapter_files(tmp_path / "adapter", factors(layer, (24, 16)))
+    assert list(fitted(base, adapter)[1].deltas) == [f"{layer}.weight"]
+    head = write_adapter_files(tmp_path / "head", factors("model.embed_tokens", (24, 16)))
+    with pytest.raises(FamilyError, match="head at once"):
+        fitted(base, head)
+
+
 def test_a_head_that_only_claims_to_be_tied_is_refused(base_of: BaseOf, tmp_path: Path) -> None:
     for name, chosen in {
         "deltas": {"target_modules": ["embed_tokens", "lm_head"]},

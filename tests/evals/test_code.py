@@ -67,6 +67,16 @@ def test_a_timeout_is_a_zero(tmp_path: Path) -> None:
     assert benchmark.score(0, [Generated("    while True: pass\n", 1)]).value == 0.0
 
 
+def test_a_longer_timeout_allows_as_much_cpu_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(
+        sandbox, "run_tests", lambda *_, limits: given.append(limits) or sandbox.Verdict(True, "", "")
+    )
+    load(tmp_path, grader={**GRADER, "timeout_s": 29.5}).score(0, [Generated("", 1)])
+    load(tmp_path).score(0, [Generated("", 1)])
+    assert given == [sandbox.Limits(wall_s=29.5, cpu_s=30), sandbox.Limits()]
+
+
 def test_answers_are_scored_in_several_threads(benchmark: Benchmark) -> None:
     answers = [f"    return {factor} * x\n" for factor in (1, 2, 3, 2)]
     with ThreadPoolExecutor(4) as threads:

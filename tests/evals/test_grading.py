@@ -172,10 +172,14 @@ def test_what_had_not_begun_never_does_after_an_error() -> None:
         assert go.wait(PATIENCE_S)
         return number
 
-    with pytest.raises(EngineError), Threads() as threads:
-        for number in range(MOST_THREADS + 5):
-            threads.start(number, lambda number=number: job(number))  # type: ignore[misc]
-        raise EngineError("elsewhere")
+    def fail() -> None:
+        with Threads() as threads:
+            for number in range(MOST_THREADS + 5):
+                threads.start(number, lambda number=number: job(number))  # type: ignore[misc]
+            raise EngineError("elsewhere")
+
+    with pytest.raises(EngineError, match="elsewhere"):
+        fail()
     go.set()
     for thread in threading.enumerate():
         if thread.name.startswith("mergemix-grading"):

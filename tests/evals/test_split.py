@@ -23,7 +23,7 @@ class Listed:
         self.item_ids = tuple(f"{name}-{index}" for index in range(len(prompts)))
 
     def requests(self, index: int) -> list[Request]:
-        return [Generate(self.prompts[index], 4)]
+        return [Generate(self.prompts[index], 4, temperature=1.0, seed=index)]
 
     def score(self, index: int, outputs: list[Output]) -> Score:
         [output] = outputs

@@ -60,15 +60,15 @@ def best_of(incumbents: list[Items]) -> Items:
 @pytest.mark.parametrize("select", [True, False])
 def test_one_as_good_as_the_best_is_seldom_stopped(num_incumbents: int, select: bool) -> None:
     """The hardest case there is: any candidate that is better is stopped less often."""
-    stopped, trials = 0, 240
+    stopped, trials = 0, 200
     for trial in range(trials):
         rng = np.random.default_rng((1, trial))
         *incumbents, other = candidates(rng, num_incumbents + 1)
         equal = as_good_as(rng, best_of(incumbents), other)
         order = order_items(UTILITY.weights, COUNTS, incumbents if select else (), seed=trial)
         stopped += run(Race(UTILITY, order, incumbents), order, equal)[0].stop
-    # Binomial(240, 0.05) has a standard deviation of 1.4 percent. Too few would be alpha that is not used.
-    assert 0.012 <= stopped / trials <= 0.085
+    # Binomial(200, 0.05) has a standard deviation of 1.5 percent. Too few would be alpha that is not used.
+    assert 0.01 <= stopped / trials <= 0.09
 
 
 @pytest.mark.parametrize("select", [True, False])
@@ -77,7 +77,7 @@ def test_estimates_are_unbiased_given_the_strata_and_standard_errors_are_true(se
     incumbents = candidates(rng, 4)
     candidate = {name: np.where(rng.random(len(x)) < 0.3, 0.0, x) for name, x in incumbents[0].items()}
     found = []
-    for seed in range(300):
+    for seed in range(200):
         order = order_items(UTILITY.weights, COUNTS, incumbents if select else (), seed=seed)
         race = Race(UTILITY, order, incumbents)
         found.append([race.look(block, candidate) for block in range(order.num_blocks - 1)])
@@ -86,11 +86,16 @@ def test_estimates_are_unbiased_given_the_strata_and_standard_errors_are_true(se
         spread = estimates.std(ddof=1)
         assert abs(estimates.mean() - UTILITY(candidate)) < 3.5 * spread / math.sqrt(len(looks))
         claimed = math.sqrt(np.mean([look.standard_error**2 for look in looks]))
-        assert 0.9 <= claimed / spread <= 1.3  # wide at first: the pseudo-observations
+        assert 0.88 <= claimed / spread <= 1.3  # wide at first: the pseudo-observations
 
 
 def test_item_selection_and_prediction_make_estimates_narrower() -> None:
-    *incumbents, candidate = candidates(np.random.default_rng(3), 7)
+    """A third of the items everybody solves, a third nobody, a third one in two does."""
+    rng = np.random.default_rng(3)
+    chance = {name: np.resize([0.0, 1.0, 0.5], count) for name, count in COUNTS.items()}
+    *incumbents, candidate = (
+        {name: (rng.random(len(p)) < p).astype(float) for name, p in chance.items()} for _ in range(7)
+    )
 
     def typical_error(pairs: list[Items], selecting: list[Items]) -> float:
         found = []
@@ -102,7 +107,7 @@ def test_item_selection_and_prediction_make_estimates_narrower() -> None:
     alone = typical_error(incumbents[:1], [])
     predicted = typical_error(incumbents, [])
     selected = typical_error(incumbents, incumbents)
-    assert selected < 0.95 * predicted < 0.95 * 0.95 * alone
+    assert selected < 0.9 * predicted < 0.9 * 0.9 * alone
 
 
 def test_one_that_is_clearly_worse_is_stopped_at_once_and_estimated() -> None:

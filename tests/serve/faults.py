@@ -23,7 +23,7 @@ class FaultyWorker(MergeWorker):
         self.mergemix_fault, self.mergemix_victim = fault, victim
 
     def mergemix_write(self, plan: SwapPlan, change: Change) -> dict[str, int]:
-        lost = plan.moving[len(plan.moving) // 2]
+        lost = max(plan.moving, key=lambda copy: copy.nbytes)  # so that a sample is sure to meet it
         before = lost.destination.clone()
         read = super().mergemix_write(plan, change)
         if self.mergemix_fault == "lost tensor":

@@ -89,6 +89,9 @@ class LocalProcess:
                     return end.value
             yield from part
 
+    def note_memory(self) -> None:
+        """What is not killed removes it itself."""
+
     def stop(self) -> None:
         """Let vLLM go, so that this process can start another engine."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
@@ -100,17 +103,22 @@ class LocalProcess:
             cleanup_dist_env_and_memory()
 
 
-def answers(engine: Any) -> dict[str, list[Any]]:
+def answers(
+    engine: Any,
+    prompts: Sequence[str] = (*PROMPTS, LONG_PROMPT),
+    pairs: Sequence[tuple[str, str]] = PAIRS,
+    max_tokens: int = MAX_TOKENS,
+) -> dict[str, list[Any]]:
     """Texts of the prompts, and log-probabilities of the pairs; `engine` has `submit`."""
     from mergemix.serve.engine import Generate, LogLikelihood
 
-    texts = engine.submit([Generate(prompt, MAX_TOKENS) for prompt in (*PROMPTS, LONG_PROMPT)])
-    logprobs = engine.submit([LogLikelihood(*pair) for pair in PAIRS])
+    texts = engine.submit([Generate(prompt, max_tokens) for prompt in prompts])
+    logprobs = engine.submit([LogLikelihood(*pair) for pair in pairs])
     return {"texts": [each.text for each in texts], "logprobs": [each.logprob for each in logprobs]}
 
 
-def plain(root: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What plain vLLM answers with the checkpoint at `root`."""
+def plain(root: str, options: Mapping[str, Any], **asked: Any) -> dict[str, Any]:
+    """What plain vLLM answers with the checkpoint at `root`. asked: see `answers`."""
     from vllm import LLM
 
     from mergemix.serve.tokens import RequestEncoder, end_tokens, load_tokenizer
@@ -124,7 +132,7 @@ def plain(root: str, options: Mapping[str, Any]) -> dict[str, Any]:
         model=root, max_model_len=MAX_POSITIONS, generation_config="vllm", enforce_eager=True, **options
     )
     _KEPT.append(host)
-    return {"answers": answers(host)}
+    return {"answers": answers(host, **asked)}
 
 
 def live(

@@ -21,7 +21,13 @@ for path in sys.argv[1:]:
 print("mapped", flush=True)
 sys.stdin.read()
 """
-HOLD = "from mergemix.serve.scratch import Scratch; import sys; s = Scratch(); print(s.path, flush=True); sys.stdin.read()"
+HOLD = """
+import sys
+from mergemix.serve.scratch import Scratch
+held = Scratch()
+print(held.path, flush=True)
+sys.stdin.read()
+"""
 
 
 def child(program: str, *arguments: str) -> subprocess.Popen[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -19,7 +20,7 @@ from mergemix.checkpoints.family import Family, open_family
 from mergemix.errors import ConfigError
 from mergemix.merge import merge_to_directory
 from mergemix.mixture import LayerGroup, Mixture
-from mergemix.serve.vllm_live import check_server
+from mergemix.serve.vllm_live import LiveMixture, check_server
 from tests.serve.conformance import PROMPTS, Reference
 from tests.serve.openai_server import KEY, MAX_TOKENS, Server, question
 from tests.serve.tiny_models import MAX_POSITIONS, make_family, tiny_tokenizer
@@ -90,6 +91,8 @@ def server(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     ]
     running = Server(arguments, tmp_path_factory.mktemp("server") / "server.log")
     try:
+        import vllm.entrypoints.launchers.app  # noqa: F401  # a later test needs it; meanwhile the server starts
+
         running.wait()
         yield running
     finally:
@@ -358,6 +361,34 @@ def test_a_client_without_the_key_cannot_hold_up_a_change(server: Server) -> Non
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         time.sleep(0.3)
         assert server.serve(ONLY_X, max_drain_seconds=5)["drain_seconds"] < 5
+
+
+def test_a_change_that_is_cancelled_while_it_waits_lets_vllm_go_on_and_stays_cancelled(
+    family: Family,
+) -> None:
+    class Client:
+        resumed = 0
+
+        async def is_paused(self) -> bool:
+            return False
+
+        async def pause_generation(self, **_: object) -> None:
+            await asyncio.Event().wait()
+
+        async def resume_generation(self) -> None:
+            self.resumed += 1
+
+    async def cancel(client: Client) -> None:
+        waiting = asyncio.create_task(LiveMixture(client, None, family)._pause(60.0))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    client = Client()
+    asyncio.run(cancel(client))
+    assert client.resumed == 1
 
 
 def test_without_the_middleware_there_is_no_such_path() -> None:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from mergemix.serve import open_engine
 from mergemix.serve.engine import EngineSpec, Generate, LogLikelihood
 from mergemix.serve.engine_log import EngineLog
 from mergemix.serve.proof import prove
-from mergemix.serve.vllm_engine import EngineProcess, VllmEngine, engine_args
+from mergemix.serve.vllm_engine import CHECKS, EngineProcess, VllmEngine, engine_args
 from tests.serve.conformance import PAIRS, PROMPTS, EngineConformance, StartEngine
 from tests.serve.tiny_models import MAX_POSITIONS, make_family
 
@@ -61,19 +60,23 @@ class VllmConformance(EngineConformance):
         log = tmp_path_factory.mktemp("logs") / "engine.log"
         return lambda family, initial: open_engine(spec(family, log), initial)
 
-    def test_a_swap_that_loses_a_tensor_poisons_an_engine_that_verifies_every_one(
-        self, family: Family, tmp_path: Path
+    @pytest.mark.parametrize("verify", ["every", "first"])
+    def test_a_swap_that_loses_a_tensor_poisons_the_engine(
+        self, engine: VllmEngine, family: Family, verify: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        uniform = Mixture.uniform(family.names)
-        every = replace(spec(family, tmp_path / "engine.log"), verify_swaps="every")
-        with open_engine(every, uniform) as engine:
-            assert isinstance(engine, VllmEngine)
-            self.set_fault(engine, "lost tensor")
+        monkeypatch.setattr(engine, "_check", CHECKS[verify])
+        engine.apply(Mixture.uniform(family.names))
+        self.set_fault(engine, "lost tensor")
+        try:
             with pytest.raises(PoisonedEngineError, match="differ from the reference"):
                 engine.apply(Mixture.one_hot(family.names, "code"))
-            assert engine.poisoned
-            assert engine._process is not None
-            assert engine._process.call("call_workers", "mergemix_mixture") == [""]
+        finally:
+            self.set_fault(engine, "none")
+        assert engine.poisoned
+        assert engine._process is not None
+        assert engine._process.call("call_workers", "mergemix_mixture") == [""]
+        engine.poisoned = False  # for the tests that follow: the next swap writes everything
+        engine.apply(Mixture.uniform(family.names))
 
     def set_fault(self, engine: VllmEngine, fault: str, victim: str = "") -> None:
         assert engine._process is not None
@@ -149,64 +152,32 @@ def plain_mixtures(names: tuple[str, ...]) -> list[Mixture]:
     ]
 
 
-PLAIN = """
-import json, os, sys
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-import torch
-from vllm import LLM
-from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-from mergemix.serve.engine import Generate, LogLikelihood
-from mergemix.serve.tokens import RequestEncoder, end_tokens, load_tokenizer
-from mergemix.serve.vllm_host import Host
-torch.compiler.set_stance("force_eager")
-task = json.load(open(sys.argv[1]))
-found = []
-for root in task["roots"]:
-    host = Host()
-    tokenizer = load_tokenizer(root)
-    host._ends = list(end_tokens(__import__("pathlib").Path(root), tokenizer))
-    host._llm = LLM(model=root, enforce_eager=True, max_model_len=task["max_model_len"], generation_config="vllm")
-    host._encoder = RequestEncoder(tokenizer, task["max_model_len"])
-    texts = host.submit([Generate(prompt, task["max_tokens"]) for prompt in task["prompts"]])
-    logprobs = host.submit([LogLikelihood(*pair) for pair in task["pairs"]])
-    found.append({"texts": [t.text for t in texts], "logprobs": [p.logprob for p in logprobs]})
-    host._llm.llm_engine.engine_core.shutdown()
-    cleanup_dist_env_and_memory()
-json.dump(found, open(sys.argv[2], "w"))
-"""
-
-
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, object]]]:
     """What plain vLLM (load_format auto), started afresh on each merge on disk, answers; by architecture."""
     directory = tmp_path_factory.mktemp("plain")
-    roots = []
+    asked = {"prompts": [*PROMPTS, LONG_PROMPT], "pairs": PAIRS, "max_tokens": MAX_TOKENS}
+    cases = []
     for arch in ("llama", "qwen3_moe"):
         paths = make_family(directory / arch, arch)  # type: ignore[arg-type]
         family = open_family(str(paths.pop("base")), {name: str(path) for name, path in paths.items()})
         for index, mixture in enumerate(plain_mixtures(family.names)):
-            roots.append(directory / f"{arch}-{index}")
-            merge_to_directory(family, mixture, roots[-1])
-    task = {
-        "roots": [str(root) for root in roots],
-        "prompts": [*PROMPTS, LONG_PROMPT],
-        "pairs": PAIRS,
-        "max_tokens": MAX_TOKENS,
-        "max_model_len": MAX_POSITIONS,
-    }
+            root = directory / f"merged-{arch}-{index}"
+            merge_to_directory(family, mixture, root)
+            case = {"name": f"{arch}-{index}", "role": "plain", "options": {}, "environment": {}}
+            cases.append({**case, "arguments": {"root": str(root), **asked}})
+    task = {"architectures": ["LlamaForCausalLM", "Qwen3MoeForCausalLM"], "cases": cases}
     (directory / "task.json").write_text(json.dumps(task))
-    (directory / "plain.py").write_text(PLAIN)
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "GOMP_SPINCOUNT": "1000"}
-    command = [
-        sys.executable,
-        str(directory / "plain.py"),
-        str(directory / "task.json"),
-        str(directory / "out.json"),
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    environment = {**os.environ, "GOMP_SPINCOUNT": "1000", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.serve.many_engines", str(directory / "task.json"), str(directory)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((directory / "out.json").read_text())
-    return {"llama": found[:3], "qwen3_moe": found[3:]}
+    found: dict[str, list[dict[str, object]]] = {}
+    for case in cases:
+        result = json.loads((directory / f"{case['name']}.json").read_text())
+        assert "error" not in result, result["error"]
+        found.setdefault(str(case["name"]).rpartition("-")[0], []).append(result["answers"])
+    return found
 
 
 def session_of(process: EngineProcess) -> list[psutil.Process]:

@@ -218,8 +218,8 @@ def _translated(spec: LmEvalSpec, error: Exception) -> BenchmarkError:
     data = " ".join(str(part) for part in (task.DATASET_PATH, task.DATASET_NAME) if part)
     if task.DATASET_PATH in _FILE_FORMATS:
         return BenchmarkError(
-            f"{where}: its {data} files could not be loaded ({said}); data_files in the task's YAML are relative to the "
-            "current directory"
+            f"{where}: its {data} files could not be loaded ({said}); data_files in the task's YAML are relative to "
+            "the current directory"
         )
     return BenchmarkError(
         f"{where}: needs the data set '{data}', which could not be loaded ({said}). Load it once where there is a "

@@ -101,7 +101,10 @@ def enter_user_namespace() -> None:
     uid, gid = os.geteuid(), os.getegid()
     map_as_root = None
     if uid == 0:
-        os.setgroups([])
+        try:  # noqa: SIM105  # contextlib costs an import for every item
+            os.setgroups([])
+        except PermissionError:
+            pass  # root of a container that is a user namespace itself
         map_as_root = start_mapper(os.getpid())
     system_call("unshare", _NEW_USER)
     if map_as_root is None or not map_as_root():
