@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from benchmarks.merges import RATIO_COLUMNS, Rows, ratio_row, verdict, verdict_l
 from benchmarks.models import SHAPES
 from benchmarks.storage import remove, scratch_directory, storage_conditions
 from benchmarks.swap_live import Job, prepare
-from mergemix.demo.tokenizer import build_tokenizer
+from mergemix.demo.tokenizer import VOCABULARY, build_tokenizer
 from mergemix.evals.benchmark import load_benchmarks
 from mergemix.evals.suite import Suite
 from mergemix.evaluator import LocalEvaluator
@@ -202,7 +202,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> tuple[Rows, Rows]:
     """(rows, verdicts), printed."""
-    shape = SHAPES[options.shape]
+    shape = replace(SHAPES[options.shape], vocabulary=len(VOCABULARY))  # so that every token is text
     with scratch_directory(options.scratch, (options.experts + 2) * shape.nbytes) as scratch:
         family = prepare(scratch, shape, options.experts, sparse=False)
         host_cache = int(1.1 * options.experts * shape.nbytes)

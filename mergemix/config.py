@@ -68,7 +68,8 @@ class RunConfig:
     host_cache: int = 0
     """Bytes of shared host memory that do so, after the device's."""
     verify_swaps: str = "first"
-    """What is compared with the reference: the swaps of the self-test at start (first), every swap, or never any."""
+    """What is compared with the reference: all of the swaps of the self-test at start and a sample of each later one
+    (first), all of every swap (every), or nothing (never)."""
     lora_in_flight: int = 0
     """Mixtures of LoRA adapters that the vllm engine answers at once; 0 folds adapters into the weights."""
 

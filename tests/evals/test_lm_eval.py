@@ -44,9 +44,6 @@ class Made:
         [benchmark] = self.load(spec, **options)
         return benchmark
 
-    def write(self, name: str, text: str) -> None:
-        (self.tasks / f"{name}.yaml").write_text(text.replace("DIRECTORY", str(self.tasks)))
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
@@ -55,6 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     give_chat_template(root)
     with pytest.MonkeyPatch.context() as monkeypatch:
         keep_data_in(directory / "data", monkeypatch)
+        monkeypatch.setenv("DISABLE_MULTIPROC", "1")  # lm-eval forks for its bootstrap
         yield Made(write_tasks(directory / "tasks"), root)
 
 
@@ -143,7 +141,7 @@ def test_whatever_is_answered_the_report_is_lm_evals(made: Made, seed: int) -> N
             tasks=[name],
             task_manager=TaskManager(include_path=str(made.tasks), include_defaults=False),
             apply_chat_template=chat,
-            bootstrap_iters=1,
+            bootstrap_iters=2,
         )["results"][name]
         benchmark = made.one(f"{name},chat_template={str(chat).lower()}", engine=kind)
         suite = Suite([benchmark])
@@ -275,16 +273,19 @@ DATA = "dataset_kwargs: {data_files: {test: DIRECTORY/sums.jsonl}}\n"
             f"less than the model's length of {MAX_POSITIONS} tokens, but is 999",
         ),
         (
-            f"{COMMON}{DATA}doc_to_text: question\nmetric_list: [{{metric: bleu, aggregation: bleu}}]",
+            f"{COMMON}{DATA}doc_to_text: question\nmetric_list: [{{metric: bleu, aggregation: bleu}}]\n"
+            "generation_kwargs: {until: [], max_gen_toks: 4}",
             "mean over documents, but the task has only bleu",
         ),
     ],
 )
-def test_a_task_that_cannot_be_used_is_one_message(made: Made, yaml: str, message: str) -> None:
-    name = "bad_" + hashlib.sha256(yaml.encode()).hexdigest()[:8]
-    made.write(name, f"task: {name}\n{yaml}\n")
+def test_a_task_that_cannot_be_used_is_one_message(
+    made: Made, tmp_path: Path, yaml: str, message: str
+) -> None:
+    text = f"task: mm_bad\n{yaml}\n".replace("DIRECTORY", str(made.tasks))
+    (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(BenchmarkError, match=message) as caught:
-        load_lm_eval(LmEvalSpec(name), [made.tasks, made.tasks / "."], made.root, None)
+        load_lm_eval(LmEvalSpec("mm_bad"), [tmp_path], made.root, None)
     assert "\n" not in str(caught.value)
 
 
@@ -363,14 +364,20 @@ def test_loading_leaves_random_numbers_and_stdout_alone(
     assert capsys.readouterr().out == ""
 
 
-def test_a_task_without_examples_of_its_own_keeps_none(made: Made, caplog: pytest.LogCaptureFixture) -> None:
-    made.write(
-        "zero", (made.tasks / "sums.yaml").read_text().replace("mm_sums", "mm_zero").replace(": 3", ": 0")
-    )
-    zero = load_lm_eval(LmEvalSpec("mm_zero", few_shot=2), [made.tasks, made.tasks / "."], made.root, None)
+def test_a_task_that_sets_no_examples_keeps_none(
+    made: Made, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = (made.tasks / "sums.yaml").read_text()
+    (tmp_path / "zero.yaml").write_text(text.replace("num_fewshot: 3", "num_fewshot: 0"))
+    [zero] = load_lm_eval(LmEvalSpec("mm_sums", few_shot=2), [tmp_path], made.root, None)
     assert "few_shot 2 has no effect" in caplog.text
-    assert isinstance(zero[0].requests(0)[0], Generate)
-    assert len(zero[0].requests(0)[0].prompt) < len(made.one("mm_sums").requests(0)[0].prompt)  # type: ignore[union-attr]
+    lengths = [
+        len(request.prompt)
+        for benchmark in (zero, made.one("mm_sums,few_shot=2"))
+        for request in benchmark.requests(0)
+        if isinstance(request, Generate)
+    ]
+    assert lengths[0] < lengths[1] - 20
 
 
 def test_requests_are_in_ids_that_fit_the_kind_of_engine(made: Made) -> None:

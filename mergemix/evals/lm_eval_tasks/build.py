@@ -8,7 +8,7 @@ import logging
 import random
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from mergemix.errors import BenchmarkError, MergeMixError
@@ -69,24 +70,39 @@ def built_tasks(
 
 
 def _manager_for(name: str, include_paths: tuple[Path, ...], root: Path) -> tuple[TaskManager, bool]:
-    """What knows `name`, and whether by this name: else `name` is a file. lm-eval's own index takes many seconds.
+    """What knows `name`, and whether by this name: else `name` is a file.
 
-    A task or tag that the included directories define needs no other index; a group may name tasks of lm-eval's.
+    lm-eval's own index takes many seconds, so that it is read only where the included directories are not enough.
     """
-    if include_paths:
-        own = _manager(include_paths, False, root)
-        if name in own.task_index and name not in own.all_groups:
-            return own, True
-    whole = _manager(include_paths, True, root)
-    if name in whole.task_index:
-        return whole, True
-    if Path(name).suffix in (".yaml", ".yml") and Path(name).is_file():
-        return whole, False
+    own = TaskManager(include_path=list(include_paths), include_defaults=False, metadata=_metadata(root))
+    is_file = Path(name).suffix in (".yaml", ".yml") and Path(name).is_file()
+    entry = own.task_index.get(name) or (TaskIndex.entry_from_path(Path(name)) if is_file else None)
+    if entry is not None and _complete(entry, own.task_index):
+        return own, name in own.task_index
+    whole = _whole_manager(include_paths, root)
+    if name in whole.task_index or is_file:
+        return whole, name in whole.task_index
     where = _unreadable(include_paths) if include_paths else "; tasks of your own need --include-path DIR"
     near = nearest(name, whole.all_tasks)
     if near.startswith("known"):
         near = "`lm_eval ls tasks` lists all names"
     raise BenchmarkError(f"lm_eval:{name}: lm-eval has no task, group or tag of this name; {near}{where}")
+
+
+def _complete(entry: Entry, index: Mapping[str, Entry]) -> bool:
+    """Whether all that a group holds is in the index; a task or a tag holds nothing else."""
+    if entry.kind is not Kind.GROUP:
+        return True
+    members = list((entry.cfg or {}).get("task") or [None])
+    while members:
+        member = members.pop()
+        if isinstance(member, dict) and isinstance(member.get("task"), list):
+            members += member["task"]
+            continue
+        name = str(member.get("group", member.get("task")) if isinstance(member, dict) else member)
+        if name not in index or not _complete(index[name], index):
+            return False
+    return True
 
 
 def _unreadable(include_paths: Sequence[Path]) -> str:
@@ -99,16 +115,15 @@ def _unreadable(include_paths: Sequence[Path]) -> str:
     return ""
 
 
-@lru_cache(maxsize=4)
-def _manager(include_paths: tuple[Path, ...], include_defaults: bool, root: Path) -> TaskManager:
-    if include_defaults:
-        log.info("reading lm-eval's list of tasks, which takes a while")
-    # Some tasks make their documents with the model's tokenizer: the command gives them its model arguments.
-    return TaskManager(
-        include_path=list(include_paths),
-        include_defaults=include_defaults,
-        metadata={"pretrained": str(root)},
-    )
+@lru_cache(maxsize=1)
+def _whole_manager(include_paths: tuple[Path, ...], root: Path) -> TaskManager:
+    log.info("reading lm-eval's list of tasks, which takes a while")
+    return TaskManager(include_path=list(include_paths), metadata=_metadata(root))
+
+
+def _metadata(root: Path) -> dict[str, Any]:
+    """Some tasks make their documents with the model's tokenizer: the command gives them its model arguments."""
+    return {"pretrained": str(root)}
 
 
 def _title(loaded: Any, tasks: list[Any]) -> str:
