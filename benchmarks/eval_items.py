@@ -25,7 +25,7 @@ output_type: {kind}
 doc_to_text: "{{{{prompt}}}}"
 {rest}
 """
-# lm-eval's vLLM backend keeps special tokens in the text unless it is told otherwise; its transformers backend does not.
+# lm-eval's vLLM backend keeps special tokens in the text unless it is told otherwise, its transformers backend never.
 GENERATE_TASK = f"""doc_to_target: "{{{{answer}}}}"
 generation_kwargs: {{until: ["\\n"], max_gen_toks: {MAX_TOKENS}, do_sample: false, skip_special_tokens: true}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]"""
