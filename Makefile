@@ -38,6 +38,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.bench_lora $(DISK_BENCH) --out $(RESULTS)/bench_lora.json
 	$(BIN)/python -m benchmarks.bench_swap $(DISK_BENCH) $(if $(MERGEKIT),--mergekit $(MERGEKIT)) \
 		--out $(RESULTS)/bench_swap.json
+	$(BIN)/python -m benchmarks.bench_racing --out $(RESULTS)/bench_racing.json
+	$(BIN)/python -m benchmarks.bench_eval --out $(RESULTS)/bench_eval.json
 
 bench-gpu: setup
 	$(BIN)/python -m benchmarks.bench_kernel --device cuda --out $(RESULTS)/bench_kernel-gpu.json
