@@ -154,8 +154,7 @@ def answer(engine: Engine, batch: Batch) -> tuple[list[ItemResult], float]:
     """
     outputs = _Waiting(engine.stream(batch.requests))
     results = batch.grade(outputs)
-    inside_s = getattr(engine, "generate_s", None)
-    return results, outputs.seconds if inside_s is None else inside_s
+    return results, outputs.seconds if engine.generate_s is None else engine.generate_s
 
 
 class _Waiting(Iterator[tuple[int, Output]]):

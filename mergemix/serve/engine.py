@@ -162,13 +162,15 @@ class Engine(ABC):
 
     proven: the self-test at start passed, so that a score may be taken from swapped weights.
     poisoned: a swap failed halfway; `submit` and `apply` raise PoisonedEngineError from then on.
-    in_flight: mixtures that it answers at once, in `submit_each`.
+    in_flight: mixtures that it answers at once, in `submit_each`. generate_s: seconds that the last answers took inside
+    the engine, where it counts them.
     """
 
     kind: str
     proven: bool = False
     poisoned: bool = False
     in_flight: int = 1
+    generate_s: float | None = None
 
     @abstractmethod
     def apply(self, mixture: Mixture) -> Swap:

@@ -52,7 +52,6 @@ class MultiLoraEngine(Engine):
 
     kind = "vllm"
     proven = True  # of no adapter at all
-    generate_s: float | None = None  # seconds inside vLLM for what was answered last
 
     def __init__(self, spec: EngineSpec, initial: Mixture) -> None:
         """Start vLLM on the base, and apply `initial`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from mergemix.errors import EngineError
 from mergemix.mixture import Mixture
@@ -31,9 +31,17 @@ class RestartingEngine(Engine):
         return Swap(time.perf_counter() - begin, 0)
 
     def submit(self, requests: Sequence[Request]) -> list[Output]:
+        return self._running().submit(requests)
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Output]]:
+        engine = self._running()
+        yield from engine.stream(requests)
+        self.generate_s = engine.generate_s
+
+    def _running(self) -> Engine:
         if self._engine is None:
             raise EngineError("no engine is running: the last start failed, or it was closed")
-        return self._engine.submit(requests)
+        return self._engine
 
     def close(self) -> None:
         engine, self._engine = self._engine, None

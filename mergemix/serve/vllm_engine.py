@@ -47,7 +47,6 @@ class VllmEngine(Engine):
     """
 
     kind = "vllm"
-    generate_s: float | None = None  # seconds inside vLLM for what was answered last
 
     def __init__(self, spec: EngineSpec, initial: Mixture) -> None:
         """Start vLLM on `initial`.

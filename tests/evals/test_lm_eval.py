@@ -124,7 +124,7 @@ def test_lm_eval_is_imported_only_for_a_task() -> None:
 # Requests and reports
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_whatever_is_answered_the_report_is_lm_evals(made: Made, seed: int) -> None:
     asked: dict[str, list[Request]] = {}

@@ -166,7 +166,7 @@ class TestInFlight:
         for mixture in others:
             engine.apply(mixture)
         assert first not in engine._loaded
-        held = {entry.name for entry in engine._directory.iterdir()}
+        held = {entry.name for entry in engine._directory.glob("mixture-*")}
         assert held == {f"mixture-{each.number}" for each in engine._loaded.values()}
         assert len(held) == IN_FLIGHT
         assert engine.apply(first).bytes_written > 0
