@@ -146,6 +146,7 @@ def test_whatever_is_answered_the_report_is_lm_evals(made: Made, seed: int) -> N
         benchmark = made.one(f"{name},chat_template={str(chat).lower()}", engine=kind)
         suite = Suite([benchmark])
         batch = suite.batch()
+        batch.grade(enumerate(answers(batch.requests, seed + 1)))  # another candidate
         results = batch.grade(list(enumerate(answers(batch.requests, seed)))[::-1])
         [report] = suite.report(results).values()
         assert {key: theirs[key] for key in report} == report
