@@ -22,6 +22,7 @@ class Generate:
     """Continue `prompt` for at most `max_tokens` tokens, up to (not including) a stop string.
 
     temperature: 0 is greedy; above, tokens are drawn, from the most probable ones that make up `top_p`, with `seed`.
+    as_lm_eval: to all digits as lm-evaluation-harness's own model for this engine answers, which may take longer.
     """
 
     prompt: Text
@@ -30,14 +31,16 @@ class Generate:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    as_lm_eval: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LogLikelihood:
-    """How likely is `continuation` after `context`? Both are text, or both are ids."""
+    """How likely is `continuation` after `context`? Both are text, or both are ids. as_lm_eval: see Generate."""
 
     context: Text
     continuation: Text
+    as_lm_eval: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from mergemix.serve.engine import (
     Swap,
 )
 from mergemix.serve.hf_batches import answer_batch, batches, samples, score_batch
-from mergemix.serve.hf_single import answer_ids, checkpoint_generation_config, in_ids
+from mergemix.serve.hf_single import answer_as_lm_eval, checkpoint_generation_config
 from mergemix.serve.memory_check import MemoryCheck
 from mergemix.serve.tokens import Encoded, RequestEncoder, end_tokens, load_tokenizer
 
@@ -62,7 +62,9 @@ class HfEngine(Engine):
         self._ends = end_tokens(root, self._tokenizer)
         max_model_len = _max_model_len(self._config, spec.max_model_len)
         # transformers needs no room for another token, and the last one is scored, not read.
-        self._encoder = RequestEncoder(self._tokenizer, max_model_len, most_scored_ids=max_model_len + 1)
+        self._encoder = RequestEncoder(
+            self._tokenizer, max_model_len, most_scored_as_lm_eval=max_model_len + 1
+        )
         self._settings = _settings(root, self._config)
         self._model: Any = None
         staged = self._load(plan)
@@ -94,7 +96,7 @@ class HfEngine(Engine):
         return Swap(seconds, plan.bytes_written, read, destinations=len(plan.tasks))
 
     def submit(self, requests: Sequence[Request]) -> list[Output]:
-        """Text goes through the model in batches; ids one at a time, as lm-evaluation-harness does (`hf_single`).
+        """In batches; what is asked `as_lm_eval` one at a time (`hf_single`).
 
         Raises ConfigError for a request that cannot fit the model, whatever the others are.
         """
@@ -106,8 +108,10 @@ class HfEngine(Engine):
             raise EngineError(f"the model failed to answer: {error}") from error
 
     def _answer(self, requests: Sequence[Request], encoded: Sequence[Encoded]) -> list[Output]:
-        alone = {i: request for i, request in enumerate(requests) if in_ids(request) and not samples(request)}
-        outputs = answer_ids(self._model, self._tokenizer, self._ends, self._settings, alone, encoded)
+        alone = {
+            i: request for i, request in enumerate(requests) if request.as_lm_eval and not samples(request)
+        }
+        outputs = answer_as_lm_eval(self._model, self._tokenizer, self._ends, self._settings, alone, encoded)
         rest = [i for i in range(len(requests)) if i not in alone]
         vocab_size = self._config.get_text_config().vocab_size
         for places in batches([requests[i] for i in rest], [encoded[i] for i in rest], vocab_size):

@@ -1,4 +1,4 @@
-"""Requests in token ids through a transformers model, each alone: what lm-evaluation-harness's `hf` model computes.
+"""Requests through a transformers model, each alone: what lm-evaluation-harness's `hf` model computes.
 
 Its numbers are met to all digits at batch size 1 (`lm_eval/models/huggingface.py`). Padding, other sequences in the
 batch, and logits of fewer places all change how matrix products are split, and so the last bits.
@@ -18,11 +18,6 @@ from mergemix.serve.tokens import Encoded
 
 # Ids that a stop string is looked for in, besides as many as it is encoded to: text may be split in other ways.
 STOP_SLACK = 2
-
-
-def in_ids(request: Request) -> bool:
-    """Whether a request is in token ids and not text."""
-    return not isinstance(request.context if isinstance(request, LogLikelihood) else request.prompt, str)
 
 
 def checkpoint_generation_config(root: Path, config: Any) -> Any:
@@ -110,7 +105,7 @@ def answer_alone(
     return Generated(text, len(answer), finished, encoded.cut)
 
 
-def answer_ids(
+def answer_as_lm_eval(
     model: Any,
     tokenizer: Any,
     ends: Sequence[int],
@@ -118,7 +113,7 @@ def answer_ids(
     requests: Mapping[int, Request],
     encoded: Sequence[Encoded],
 ) -> dict[int, Output]:
-    """Outputs of the requests, which are in ids and greedy, by index. encoded: of all indices."""
+    """Outputs of the requests, none of which samples, by index. encoded: of all indices."""
     scored = {i: encoded[i] for i, each in requests.items() if isinstance(each, LogLikelihood)}
     outputs: dict[int, Output] = {**score_alone(model, scored)}
     for i, request in requests.items():

@@ -118,20 +118,20 @@ class RequestEncoder:
     """Requests to ids that fit the model, remembered across candidates.
 
     What is too long loses tokens on the left: a prompt keeps its last max_model_len - max_tokens tokens, a
-    context with its continuation the last max_model_len - 1 (vLLM always generates one more), or where they are ids
-    the last `most_scored_ids`. How many were cut is in the result, and a warning is logged when a request is first
-    cut. Raises ConfigError when max_model_len is less than 2, for a request whose max_tokens is not in
+    context with its continuation the last max_model_len - 1 (vLLM always generates one more), or the last
+    `most_scored_as_lm_eval` where it is asked so. How many were cut is in the result, and a warning is logged when a
+    request is first cut. Raises ConfigError when max_model_len is less than 2, for a request whose max_tokens is not in
     [1, max_model_len), and for a pair of text and ids.
     """
 
-    def __init__(self, tokenizer: Any, max_model_len: int, most_scored_ids: int | None = None) -> None:
+    def __init__(self, tokenizer: Any, max_model_len: int, most_scored_as_lm_eval: int | None = None) -> None:
         if max_model_len < 2:
             raise ConfigError(
                 f"max_model_len must be at least 2, a token to read and one to answer, but is {max_model_len}"
             )
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
-        self._most_scored_ids = most_scored_ids or max_model_len - 1
+        self._most_scored_as_lm_eval = most_scored_as_lm_eval or max_model_len - 1
         self.encode = lru_cache(maxsize=REMEMBERED_REQUESTS)(self._encode)
 
     def _encode(self, request: Request) -> Encoded:
@@ -145,7 +145,7 @@ class RequestEncoder:
             ids = self._fit(prompt, self.max_model_len - request.max_tokens)
             return Encoded(ids, 0, len(prompt) - len(ids))
         context, continuation = encode_pair(self.tokenizer, request.context, request.continuation)
-        limit = self.max_model_len - 1 if isinstance(request.context, str) else self._most_scored_ids
+        limit = self._most_scored_as_lm_eval if request.as_lm_eval else self.max_model_len - 1
         ids = self._fit(context + continuation, limit)
         # The first id of all has nothing before it that could predict it.
         return Encoded(ids, min(len(continuation), len(ids) - 1), len(context) + len(continuation) - len(ids))

@@ -43,7 +43,15 @@ def ask_for(request: Request, encoder: RequestEncoder, ends: Sequence[int]) -> A
     seed = request.seed if request.temperature > 0 else None
     return Asked(
         encoded,
-        _generation(request.max_tokens, stops, tuple(ends), request.temperature, request.top_p, seed),
+        _generation(
+            request.max_tokens,
+            stops,
+            tuple(ends),
+            request.temperature,
+            request.top_p,
+            seed,
+            request.as_lm_eval,
+        ),
     )
 
 
@@ -123,7 +131,9 @@ def _generation(
     temperature: float,
     top_p: float,
     seed: int | None,
+    special_tokens: bool,
 ) -> Any:
+    """special_tokens: leave them in the text, as lm-evaluation-harness does."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -134,6 +144,8 @@ def _generation(
         max_tokens=max_tokens,
         stop=list(stop) or None,
         stop_token_ids=list(ends),
+        skip_special_tokens=not special_tokens,
+        spaces_between_special_tokens=not special_tokens,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 

@@ -270,6 +270,8 @@ def test_an_answer_says_whether_it_ended_by_itself_and_what_was_cut(tmp_path: Pa
         (long,) = engine.generate([Generate((5,) * 30, 6)])
         assert long.cut == 20
         (scored,) = engine.loglikelihood([LogLikelihood((5,) * 30, (6, 7))])
+        assert (scored.cut, scored.num_tokens) == (17, 2)
+        (scored,) = engine.loglikelihood([LogLikelihood((5,) * 30, (6, 7), as_lm_eval=True)])
         assert (scored.cut, scored.num_tokens) == (15, 2)  # the last id need not be read to be scored
 
 

@@ -160,7 +160,9 @@ class EngineLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[LogLikelihood]:
-        return [LogLikelihood(tuple(context), tuple(scored)) for _, context, scored in requests]
+        return [
+            LogLikelihood(tuple(context), tuple(scored), as_lm_eval=True) for _, context, scored in requests
+        ]
 
     def _windows(self, text: str) -> Iterable[LogLikelihood]:
         longest = self.max_length if self.kind == "hf" else self.max_length - 2
@@ -168,7 +170,7 @@ class EngineLM(TemplateLM):
             self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=longest, context_len=1
         )
         for context, scored in map(make_disjoint_window, windows):
-            yield LogLikelihood(tuple(context), tuple(scored))
+            yield LogLikelihood(tuple(context), tuple(scored), as_lm_eval=True)
 
     def _until(self, arguments: dict[str, Any]) -> list[str]:
         eos = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
@@ -200,7 +202,10 @@ class EngineLM(TemplateLM):
             self.tokenizer.bos_token if self.kind == "hf" else self.tokenizer.decode(self.prefix_token_id)
         )
         asked = Generate(
-            tuple(self._encode(context, prefix)), arguments["max_gen_toks"], tuple(self._until(given))
+            tuple(self._encode(context, prefix)),
+            arguments["max_gen_toks"],
+            tuple(self._until(given)),
+            as_lm_eval=True,
         )
         if temperature == 0:
             return asked
