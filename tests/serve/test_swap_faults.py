@@ -34,7 +34,12 @@ ONE_RANK = [
     ("raise", "prefix cache", 0, 1),
     ("raise", "written", 0, 2),
 ]
-TWO_RANKS = [("raise", "writing", 0, 1), ("raise", "reprocessing", 1, 1), ("kill", "written", 1, 1)]
+# Every stage in either rank; each way of failing at both ranks.
+TWO_RANKS = [
+    (("raise", "kill")[(place + rank) % 2], stage, rank, 1)
+    for place, stage in enumerate(STAGES[:-1])
+    for rank in (0, 1)
+]
 CACHED = {"device_cache": 200_000}
 TWO = {"tensor_parallel_size": 2}
 SCENES: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
