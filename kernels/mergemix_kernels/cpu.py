@@ -180,7 +180,7 @@ class WeightedSums:
             raise ValueError("there must be at least one output, but got weights for none")
         active = [active_weights(row, source_count) for row in weights]
         self._source_count = source_count
-        self._order = [index for indices, _ in active for index in indices]
+        self._order = np.concatenate([np.array(indices, np.int64) for indices, _ in active])
         self._weights = np.concatenate([values for _, values in active])
         self._starts = np.cumsum([0, *(values.size for _, values in active)], dtype=np.int64)
         self._most_terms = int(np.diff(self._starts).max())
@@ -205,42 +205,23 @@ class WeightedSums:
         Raises ValueError for arrays of another kind or number, or an unknown dtype.
         """
         self._check(sources, outs, numpy_dtype(dtype))
-        addresses = [_address(source) for source in sources], [_address(out) for out in outs]
-        return self.at(*addresses, outs[0].size, dtype, low_rank=low_rank, threads=threads)
-
-    def at(
-        self,
-        sources: Sequence[int],
-        outs: Sequence[int],
-        count: int,
-        dtype: str,
-        *,
-        low_rank: LowRank | None = None,
-        threads: int | None = None,
-    ) -> bool:
-        """As a call, for `count` elements at the addresses given: of these nothing can be checked.
-
-        For callers that sum a little at a time: to ask an array for its address, and to check it, takes longer.
-        """
+        count = outs[0].size
         if count == 0:
             return True
-        source_table = (ctypes.c_int64 * len(self._order))(*[sources[index] for index in self._order])
-        out_table = (ctypes.c_int64 * len(outs))(*outs)
-        itemsize = numpy_dtype(dtype).itemsize
-        tables = (ctypes.addressof(source_table), *self._tables, ctypes.addressof(out_table))
-        shared = (itemsize, *tables, len(outs))
+        addresses = np.array([_address(source) for source in sources], np.int64)[self._order]
+        targets = np.array([_address(out) for out in outs], np.int64)
+        tables = (_address(addresses), *self._tables, _address(targets))
+        shared = (outs[0].itemsize, *tables, len(outs))
         if low_rank is not None:
             low_rank.check(len(outs), count)
             sum_range = low_rank.loop(dtype, shared)
         else:
-            sum_range = self._dense_loop(dtype, shared, len(outs) * count * itemsize >= PAST_CACHE_BYTES)
+            sum_range = self._dense_loop(dtype, shared, len(outs) * outs[0].nbytes >= PAST_CACHE_BYTES)
         return max(_over_ranges(sum_range, count, threads)) < _EXPONENT_BITS[dtype]
 
     def _dense_loop(self, dtype: str, shared: tuple[int, ...], past_cache: bool) -> Callable[[int, int], int]:
         run = cpu_native.loop("sum_range", dtype)
-        if self._most_terms <= cpu_tiles.SIDE_BY_SIDE:  # no scratch
-            return lambda begin, end: run(*shared, 0, begin, end, past_cache)
-        needed = cpu_tiles.BLOCK_ELEMENTS
+        needed = cpu_tiles.BLOCK_ELEMENTS if self._most_terms > cpu_tiles.SIDE_BY_SIDE else 0
 
         def sum_range(begin: int, end: int) -> int:
             memory, scratch = _scratch(needed)

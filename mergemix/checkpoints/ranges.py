@@ -141,25 +141,24 @@ class OpenFiles:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._files: OrderedDict[str, RangeFile] = OrderedDict()
-        self._users: dict[str, int] = {}
+        self._files: OrderedDict[Path, RangeFile] = OrderedDict()
+        self._users: dict[Path, int] = {}
 
     def read_into(self, tensor: TensorInfo, begin: int, view: memoryview, *, last: bool = False) -> None:
         """Fill `view` from byte `begin` of `tensor` on, as `read_into`; raises as that and as `open_range`.
 
         last: nobody reads these bytes again, and the system need not keep them in its page cache.
         """
-        path = str(tensor.path)  # a Path would compute its hash for every look-up
-        idle: list[RangeFile] = []
+        path = tensor.path
         with self._lock:
             file = self._files.get(path)
             if file is None:
                 file = self._files[path] = open_range(tensor)
-                self._users[path] = 1
-                idle = self._take_idle()
+                self._users[path] = 0
             else:
                 self._files.move_to_end(path)
-                self._users[path] += 1
+            self._users[path] += 1
+            idle = self._take_idle()
         try:
             for other in idle:  # outside of the lock: a file on the Hub may have to be asked for
                 _close_unchanged(other)
@@ -169,13 +168,6 @@ class OpenFiles:
         finally:
             with self._lock:
                 self._users[path] -= 1
-
-    def forget(self, tensor: TensorInfo, begin: int, nbytes: int) -> None:
-        """Nobody reads these bytes again: the system need not keep them in its page cache."""
-        with self._lock:
-            file = self._files.get(str(tensor.path))
-        if file is not None:
-            file.forget(tensor.offset + begin, nbytes)
 
     def _take_idle(self) -> list[RangeFile]:
         """Files nobody reads, the longest unused first, as many as there are too many."""

@@ -22,7 +22,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What a worker takes, and what is written at a time: pieces without holes between them.
+    """What is read, summed and written at a time: pieces without holes between them.
 
     place: file name ("" for parameters) and offset in it, the same for every output.
     """

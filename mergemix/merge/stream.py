@@ -30,6 +30,7 @@ from mergemix.merge.resources import free_memory
 from mergemix.merge.sinks import Sink
 from mergemix_kernels import cpu
 
+HEAD_BYTES = 64
 CONVERTED_ELEMENTS = 1 << 14
 # Inputs that take more of the free memory than this are not left in the page cache.
 CACHED_SHARE = 0.5
@@ -103,17 +104,6 @@ def _run(merge: _Merge, workers: int, progress: Callable[[int], None] | None) ->
             raise
 
 
-class _Memory:
-    """uint8 memory and its address, which takes longer to ask for than to read what is there."""
-
-    def __init__(self, data: np.ndarray) -> None:
-        self.data = data
-        self.address = data.ctypes.data
-
-    def part(self, begin: int, nbytes: int) -> np.ndarray:
-        return self.data[begin : begin + nbytes]
-
-
 @dataclass(frozen=True)
 class _Copied:
     """A piece whose operands are equal, and whose weighted sum is not: right only if the whole tensor is equal."""
@@ -149,52 +139,40 @@ class _Merge:
 
     def work(self) -> Iterator[int]:
         """Merge blocks until none is left; yields the bytes of the results of each."""
-        num_operands, num_outputs = len(self._slots), self._plan.num_outputs
-        sizes = [self._buffers.step_bytes] * num_operands + [self._buffers.block_bytes] * num_outputs
-        buffers = _page_aligned(sizes)
-        operands, results = [_Memory(buffer) for buffer in buffers[:num_operands]], buffers[num_operands:]
+        block_bytes = self._buffers.block_bytes
+        num_operands = len(self._slots)
+        buffers = _page_aligned(num_operands + self._plan.num_outputs, block_bytes)
+        operands, results = buffers[:num_operands], buffers[num_operands:]
         while (block := self._next()) is not None:
             self._merge_block(block, operands, results)
-            yield block.nbytes * num_outputs
+            yield block.nbytes * len(results)
 
     def _next(self) -> Block | None:
         with self._lock:
             return None if self._stopped else next(self._blocks, None)
 
-    def _merge_block(self, block: Block, operands: list[_Memory], results: list[np.ndarray]) -> None:
+    def _merge_block(self, block: Block, operands: list[np.ndarray], results: list[np.ndarray]) -> None:
+        self._read_block(block, operands)
         targets = [self._sink.target(block, output) for output in range(len(results))]
         outs = [
-            _Memory(buffer[: block.nbytes] if target is None else target)
+            buffer[: block.nbytes] if target is None else target
             for buffer, target in zip(results, targets, strict=True)
         ]
-        reads = [
-            (part, operands[slot]) for member, slot in self._slots.items() for part in ranges(block, member)
-        ]
-        sums = list(runs(block.pieces))
-        for begin in range(0, block.nbytes, self._buffers.step_bytes):
-            end = min(begin + self._buffers.step_bytes, block.nbytes)
-            for part, operand in reads:
-                self._read_between(part, begin, end, operand)
-            for pieces in sums:
-                self._merge_between(pieces, begin, end, operands, outs)
-        if self._forget:
-            for part, _ in reads:  # of whole blocks: the page cache keeps what is cut in two
-                self._files.forget(part.tensor, part.begin, part.nbytes)
+        for pieces in runs(block.pieces):
+            self._merge_run(pieces, operands, outs)
         for output, target in enumerate(targets):
             if target is None:
-                self._sink.write(block, output, outs[output].data)
+                self._sink.write(block, output, outs[output])
 
-    def _read_between(self, part: Range, begin: int, end: int, operand: _Memory) -> None:
-        """Read what lies at [begin, end) of a block, to the beginning of the operand's buffer."""
-        if part.at >= end or part.at + part.nbytes <= begin:
-            return
-        first, last = max(part.at, begin), min(part.at + part.nbytes, end)
-        here = Range(part.tensor, part.dtype, part.begin + first - part.at, first - begin, last - first)
-        self._read(here, operand.part(here.at, here.nbytes))
+    def _read_block(self, block: Block, operands: list[np.ndarray]) -> None:
+        """Every operand's bytes, each at the place in its buffer that they have in the block."""
+        for member, slot in self._slots.items():
+            for part in ranges(block, member):
+                self._read(part, operands[slot][part.at : part.at + part.nbytes])
 
     def _read(self, part: Range, into: np.ndarray) -> None:
         if part.tensor.dtype == part.dtype:
-            self._files.read_into(part.tensor, part.begin, into.data)
+            self._files.read_into(part.tensor, part.begin, into.data, last=self._forget)
             self._count(part.nbytes)
             return
         # An adapter's whole tensor of another floating type, as an expert saved in the base's type would hold it.
@@ -207,57 +185,50 @@ class _Merge:
             narrow(values, part.dtype, into[begin * size : (begin + count) * size])
             self._count(data.nbytes)
 
-    def _merge_between(
-        self, pieces: Sequence[Piece], begin: int, end: int, operands: list[_Memory], outs: list[_Memory]
+    def _merge_run(
+        self, pieces: Sequence[Piece], operands: list[np.ndarray], outs: Sequence[np.ndarray]
     ) -> None:
-        """Sum or copy what lies at [begin, end) of a block of adjacent pieces that are computed alike."""
-        task = pieces[0].task
-        first, last = max(pieces[0].at, begin), min(pieces[-1].at + pieces[-1].nbytes, end)
-        if first >= last:
-            return
-        sources = [operands[self._slots[member]] for member in task.members]
+        """Sum or copy adjacent pieces that are computed alike."""
+        task, begin = pieces[0].task, pieces[0].at
+        end = pieces[-1].at + pieces[-1].nbytes
+        sources = [operands[self._slots[member]][begin:end] for member in task.members]
+        parts = [out[begin:end] for out in outs]
         if task.dtype not in FLOATING:
-            for out, weights in zip(outs, task.coefficients, strict=True):
-                source = sources[weights.index(1.0)]
-                np.copyto(out.part(first, last - first), source.part(first - begin, last - first))
+            for part, weights in zip(parts, task.coefficients, strict=True):
+                np.copyto(part, sources[weights.index(1.0)])
             return
-        itemsize = cpu.numpy_dtype(task.dtype).itemsize
         low_rank = None
         if task.low_rank:
-            element = (pieces[0].begin + first - pieces[0].at) // itemsize
-            low_rank = self._factors.load(task, element, self._count)
-        finite = self._sums_of(task).at(
-            [source.address + first - begin for source in sources],
-            [out.address + first for out in outs],
-            (last - first) // itemsize,
+            first = pieces[0].begin // cpu.numpy_dtype(task.dtype).itemsize
+            low_rank = self._factors.load(task, first, self._count)
+        finite = self._sum(task, sources, parts, low_rank)
+        for piece in pieces:
+            here = slice(piece.at - begin, piece.at - begin + piece.nbytes)
+            own_sources, own_parts = [s[here] for s in sources], [p[here] for p in parts]
+            if not finite:
+                self._check_finite(piece, own_sources, own_parts)
+            if not task.is_copy:
+                self._keep_equal(piece, own_sources, own_parts)
+
+    def _sum(
+        self,
+        task: TensorTask,
+        sources: Sequence[np.ndarray],
+        outs: Sequence[np.ndarray],
+        low_rank: cpu.LowRank | None = None,
+    ) -> bool:
+        """Whether all of the weighted sums are finite."""
+        sums = self._sums.get(task.coefficients)
+        if sums is None:
+            sums = self._sums[task.coefficients] = cpu.WeightedSums(task.coefficients, len(task.operands))
+        kind = cpu.numpy_dtype(task.dtype)
+        return sums(
+            [source.view(kind) for source in sources],
+            [out.view(kind) for out in outs],
             task.dtype,
             low_rank=low_rank,
             threads=1,
         )
-        for piece in pieces:
-            if finite and (task.is_copy or self._differs(piece.task)):
-                continue
-            skipped = max(begin - piece.at, 0)
-            at, nbytes = piece.at + skipped, min(piece.at + piece.nbytes, end) - piece.at - skipped
-            if nbytes <= 0:
-                continue
-            here = Piece(piece.task, piece.begin + skipped, nbytes, at)
-            own_sources = [source.part(at - begin, nbytes) for source in sources]
-            own_outs = [out.part(at, nbytes) for out in outs]
-            if not finite:
-                self._check_finite(here, own_sources, own_outs)
-            if not task.is_copy:
-                self._keep_equal(here, own_sources, own_outs)
-
-    def _sums_of(self, task: TensorTask) -> cpu.WeightedSums:
-        sums = self._sums.get(task.coefficients)
-        if sums is None:
-            sums = self._sums[task.coefficients] = cpu.WeightedSums(task.coefficients, len(task.operands))
-        return sums
-
-    def _differs(self, task: TensorTask) -> bool:
-        """Whether the operands are known to differ, for every output."""
-        return all((task.name, output) in self._differing for output in range(self._plan.num_outputs))
 
     def _keep_equal(self, piece: Piece, sources: list[np.ndarray], outs: list[np.ndarray]) -> None:
         """Tensors whose operands are bitwise equal are copied, since fp32 sums of K equal values may differ from it.
@@ -270,7 +241,9 @@ class _Merge:
             first, *others = [s for s, weight in zip(sources, weights, strict=True) if weight != 0.0]
             if not others:
                 continue
-            if not cpu.bitwise_equal([first, *others]):
+            head = first[:HEAD_BYTES].tobytes()
+            equal = all(other[:HEAD_BYTES].tobytes() == head for other in others)
+            if not (equal and cpu.bitwise_equal([first, *others])):
                 self._differing.add((piece.task.name, output))
             elif not cpu.bitwise_equal([first, out]):
                 np.copyto(out, first)
@@ -302,13 +275,14 @@ class _Merge:
             raise non_finite_error(self._plan, piece.task, sources, outs)
 
 
-def _page_aligned(sizes: Sequence[int]) -> list[np.ndarray]:
-    """Zeroed uint8 buffers of so many bytes, each from a page's beginning on, as direct writes need it.
+def _page_aligned(count: int, nbytes: int) -> list[np.ndarray]:
+    """Zeroed uint8 buffers (nbytes,), each from a page's beginning on, as direct writes need it.
 
     In one piece of memory, in large pages where the system has them: reads are then a tenth, sums a third faster.
     """
-    memory = mmap.mmap(-1, sum(sizes))
+    memory = mmap.mmap(-1, count * nbytes)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.split(np.frombuffer(memory, np.uint8), np.cumsum(sizes)[:-1])
+    buffer = np.frombuffer(memory, np.uint8)
+    return [buffer[begin : begin + nbytes] for begin in range(0, buffer.size, nbytes)]

@@ -126,7 +126,7 @@ def test_a_fault_at_any_point_leaves_nothing_or_changes_nothing(
     experts = {name: random_tensors(shapes, seed) for seed, name in enumerate(NAMES)}
     family = write_family(root / "inputs", None, experts, (2, 1, 3))
     (root / "outputs").mkdir()
-    buffers = Buffers(workers, 4096 * pages, 4096, 0, 0)
+    buffers = Buffers(workers, 4096 * pages, 0, 0)
     monkeypatch.setattr(stream_module, "divide_memory", lambda plan, memory_bytes: buffers)
     merge_many(family, MIXTURES, root / "whole")
     before, open_files = digests(root / "inputs"), len(os.listdir("/proc/self/fd"))

@@ -100,9 +100,10 @@ def test_every_output_is_the_reference_bit_for_bit(
         st.lists(st.lists(share, min_size=len(kinds), max_size=len(kinds)), min_size=1, max_size=3)
     )
     mixtures = {f"m{p}": Mixture(family.names, tuple(given)) for p, given in enumerate(weights)}
-    steps, pages, workers = (data.draw(st.integers(1, 4)) for _ in range(3))
-    buffers = Buffers(workers, steps * pages * 4096, pages * 4096, 0, 0)
-    monkeypatch.setattr(stream_module, "divide_memory", lambda plan, memory: buffers)
+    pages, workers = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
+    monkeypatch.setattr(
+        stream_module, "divide_memory", lambda plan, memory: Buffers(workers, pages * 4096, 0, 0)
+    )
     merge_many(family, mixtures, root / "merged")
     for name, mixture in mixtures.items():
         result = merged(root / "merged" / name)

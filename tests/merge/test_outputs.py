@@ -64,11 +64,9 @@ def test_every_output_is_the_reference_bit_for_bit(
         for _ in drawn
     ]
     mixtures = {f"m{p}": Mixture(tuple(experts), tuple(given), groups[p]) for p, given in enumerate(drawn)}
-    step_bytes = 4096 * data.draw(st.integers(1, 5), label="pages")
     buffers = Buffers(
         workers=data.draw(st.integers(1, 7), label="workers"),
-        block_bytes=step_bytes * data.draw(st.integers(1, 4), label="steps"),
-        step_bytes=step_bytes,
+        block_bytes=4096 * data.draw(st.integers(1, 5), label="pages"),
         factor_bytes=0,
         total_bytes=0,
     )
@@ -85,12 +83,10 @@ def test_every_output_is_the_reference_bit_for_bit(
             assert torch.equal(bits(merged[tensor]), bits(reference[tensor])), (name, tensor)
 
 
-@pytest.mark.parametrize(
-    ("block_bytes", "step_bytes"), [(4096, 4096), (12288, 4096), (1 << 20, 8192), (1 << 20, 1 << 20)]
-)
+@pytest.mark.parametrize("block_bytes", [4096, 12288, 1 << 20])
 @pytest.mark.parametrize("workers", [1, 3, 16])
 def test_files_are_the_same_whatever_the_division(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, step_bytes: int, workers: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, workers: int
 ) -> None:
     shapes = {"embed": (700, 64), "a": (64,), "b": (96, 64), "c": (3,), "d": (64, 96)}
     experts = {name: random_tensors(shapes, seed) for seed, name in enumerate(NAMES)}
@@ -98,7 +94,7 @@ def test_files_are_the_same_whatever_the_division(
     mixtures = {"x": Mixture.uniform(NAMES), "y": Mixture.of(NAMES, {"math": 2, "web": 1})}
     for name, mixture in mixtures.items():
         merge_to_directory(family, mixture, tmp_path / f"alone-{name}")
-    buffers = Buffers(workers, block_bytes, step_bytes, 0, 0)
+    buffers = Buffers(workers, block_bytes, 0, 0)
     monkeypatch.setattr(stream_module, "divide_memory", lambda plan, memory_bytes: buffers)
     stats = merge_many(family, mixtures, tmp_path / "both")
     for name in mixtures:
