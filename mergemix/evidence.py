@@ -61,7 +61,8 @@ class Silent:
 class Evidence:
     """Candidates of one study on one suite of benchmarks. A candidate that is stored is never paid for again.
 
-    utility: None until the reference candidates that a normalisation needs are known.
+    utility: None until the reference candidates that a normalisation needs are known. capabilities: by name, that of
+    each one alone: the mean of its benchmarks' normalised scores.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Evidence:
         self.study = study
         self.suite = suite
         self.utility: Utility | None = None
+        self.capabilities: dict[str, Utility] = {}
         self._pool = pool
         self._observer = observer
         self._expected = expected

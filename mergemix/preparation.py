@@ -103,12 +103,17 @@ def first_load(family: Family) -> Mixture:
     return Mixture(family.names, tuple(1.0 / parts for _ in family.names))
 
 
-def utility_of(config: RunConfig, suite: Suite, references: Mapping[str, CandidateRecord]) -> Utility:
-    """The utility of this study; its normalisation reads the scores of the baselines that succeeded."""
+def utility_of(
+    config: RunConfig, suite: Suite, references: Mapping[str, CandidateRecord], spec: str | None = None
+) -> Utility:
+    """The utility of this study; its normalisation reads the scores of the baselines that succeeded.
+
+    spec: another one than the study's, such as a capability alone: the mean of its normalised scores.
+    """
     scores = {name: record.scores for name, record in references.items() if record.done}
     return make_utility(
         suite.capabilities,
-        config.utility,
+        spec or config.utility,
         config.normalize,
         directions=suite.directions,
         uniform=scores.pop("uniform", None),

@@ -58,7 +58,9 @@ def run(config: RunConfig, observer: Observer | None = None) -> dict[str, Any]:
             evidence.utility = utility_of(config, suite, {})  # known at once, so that progress shows it
         observer.stage("scoring the baselines")
         references = evidence.collect(list(baselines.values()), origin="baseline")
-        evidence.utility = utility_of(config, suite, dict(zip(baselines, references, strict=True)))
+        named = dict(zip(baselines, references, strict=True))
+        evidence.utility = utility_of(config, suite, named)
+        evidence.capabilities = {name: utility_of(config, suite, named, name) for name in suite.capabilities}
         observer.stage("searching")
         if config.race:
             evidence.race(config.seed)

@@ -67,6 +67,8 @@ def test_the_answer_has_every_promised_part(finished: tuple[Path, dict[str, Any]
     assert abs(sum(best["mixture"].values()) - 1) < 1e-9
     assert best["utility"] >= max(v for k, v in summary["baselines"].items() if k != "base")
     low, high = best["interval"]
+    mean = sum(best["capabilities"].values()) / len(best["capabilities"])
+    assert best["utility"] == pytest.approx(mean), "macro is the mean of the capabilities' scores"
     assert low < best["utility"] < high
     assert summary["noise_floor"] == 0.0, "the transformers engine is deterministic on one machine"
     assert summary["swaps"]["count"] == BUDGET + 2

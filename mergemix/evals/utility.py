@@ -59,14 +59,6 @@ class Utility:
         return math.fsum((self.offset, *terms))
 
 
-def capability_scores(scores: Scores, capabilities: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Mean score, not normalised, over the benchmarks of each capability."""
-    return {
-        capability: math.fsum(mean_score(scores[name], name) for name in names) / len(names)
-        for capability, names in capabilities.items()
-    }
-
-
 def parse_utility(spec: str, capabilities: Sequence[str]) -> dict[str, float]:
     """Weights over capabilities, summing to 1, those of weight 0 left out.
 

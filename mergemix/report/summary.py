@@ -13,7 +13,6 @@ from typing import Any
 
 from mergemix.errors import OutputError, StudyError
 from mergemix.evals import stats
-from mergemix.evals.utility import capability_scores
 from mergemix.evidence import Evidence
 from mergemix.mixture import Mixture
 from mergemix.study import CandidateRecord
@@ -77,7 +76,7 @@ def summarize(
             **best.mixture.describe(),
             "utility": utility(best.scores),
             "interval": _limits(*stats.interval(utility, best_items)),
-            "capabilities": capability_scores(best.scores, evidence.suite.capabilities),
+            "capabilities": {name: each(best.scores) for name, each in evidence.capabilities.items()},
         },
         "baselines": {
             name: evidence.utility_of(record) if record else None for name, record in found.items()

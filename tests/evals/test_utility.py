@@ -9,7 +9,6 @@ from mergemix.errors import BenchmarkError, ConfigError
 from mergemix.evals.utility import (
     NORMALIZATIONS,
     Utility,
-    capability_scores,
     make_utility,
     mean_score,
     parse_utility,
@@ -24,7 +23,8 @@ REFERENCES = {"base": BASE, "uniform": UNIFORM, "experts": EXPERTS}
 
 def test_macro_is_the_mean_over_capabilities_of_the_mean_over_benchmarks() -> None:
     scores = {"sums": 0.2, "gsm": 0.4, "mbpp": 0.9}
-    assert capability_scores(scores, CAPABILITIES) == pytest.approx({"math": 0.3, "code": 0.9})
+    alone = {name: make_utility(CAPABILITIES, name)(scores) for name in CAPABILITIES}
+    assert alone == pytest.approx({"math": 0.3, "code": 0.9})
     assert make_utility(CAPABILITIES)(scores) == pytest.approx(0.6)
 
 
@@ -188,7 +188,6 @@ def test_turning_a_benchmark_round_with_its_direction_changes_nothing() -> None:
 def test_items_that_failed_are_left_out_of_means() -> None:
     items = {"sums": np.array([np.nan, 1.0, 0.5]), "gsm": np.array([0.5]), "mbpp": np.array([1.0, np.nan])}
     assert mean_score(items["sums"]) == 0.75
-    assert capability_scores(items, CAPABILITIES) == {"math": 0.625, "code": 1.0}
     assert make_utility(CAPABILITIES)(items) == pytest.approx(0.8125)
 
 
@@ -197,8 +196,6 @@ def test_a_benchmark_on_which_all_items_failed_has_no_score() -> None:
     message = "benchmark 'gsm' must have a score for at least one item, but none of its 3 has one"
     with pytest.raises(BenchmarkError, match=message):
         make_utility(CAPABILITIES)(items)
-    with pytest.raises(BenchmarkError, match=message):
-        capability_scores(items, CAPABILITIES)
     with pytest.raises(BenchmarkError, match=message):
         make_utility(CAPABILITIES, normalize="base", base=items)
     assert make_utility(CAPABILITIES, "code")(items) == 1.0
