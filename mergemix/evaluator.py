@@ -142,7 +142,8 @@ def _evaluate_one(
         timings["score_s"] += time.perf_counter() - begin - generate_s
         if course is not None and (stopped := course.stop(block, results)):
             break
-    if stopped is None and course is not None:
+    if stopped is None:
+        suite.check_scored(results)
         results = suite.in_order(results)
     return Evaluation(mixture, tuple(results), timings, engine.proven, start_s, swap=swap, stopped=stopped)
 
@@ -181,6 +182,8 @@ def _evaluate_together(
     outputs = engine.submit_each(mixtures, batch.requests)
     answered = time.perf_counter()
     scored = [batch.grade(enumerate(each)) for each in outputs]
+    for results in scored:
+        suite.check_scored(results)
     timings = {
         "swap_s": 0.0,
         "generate_s": (answered - begin) / count,

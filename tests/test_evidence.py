@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mergemix.evals.suite import Suite
+from mergemix.evals.suite import Score, Suite
 from mergemix.evals.utility import Utility
 from mergemix.evaluator import LocalEvaluator
 from mergemix.evidence import Evidence, Silent
@@ -150,3 +150,23 @@ def test_the_item_budget_ends_the_search_also_after_a_resume(tmp_path: Path, sui
     found, evidence = search(tmp_path, suite, item_budget=100 * ITEMS)
     assert len(found) == len(SEARCHED)
     assert evidence.stop() == {}
+
+
+class Broken(Better):
+    """Its grader fails on every item."""
+
+    def score(self, index: int, outputs: list[Output]) -> Score:
+        raise ZeroDivisionError("in the grader")
+
+
+@pytest.mark.parametrize("race", [False, True])
+def test_a_benchmark_that_cannot_be_scored_at_all_fails_the_candidate_with_its_reason(
+    tmp_path: Path, race: bool
+) -> None:
+    suite = Suite([Better("a", [f"a {i}" for i in range(200)]), Broken("b", ["b 1", "b 2"])])
+    found, evidence = search(tmp_path, suite, race=race)
+    assert {record.status for record in found} == {"failed"}
+    assert found[0].reason == (
+        "no item of b could be scored, the first one because of ZeroDivisionError: in the grader"
+    )
+    assert [evidence.score_of(record) for record in found] == [None] * len(found)

@@ -216,7 +216,7 @@ def _lm_eval(where: str, values: dict[str, Any] | None, context: Context) -> lis
         raise BenchmarkError(
             f"{where}: tasks of lm-eval need a checkpoint, whose tokenizer makes the prompts"
         )
-    from mergemix.evals import lm_eval_tasks  # imports lm-eval, which other benchmarks do without
+    from mergemix.evals import lm_eval_tasks  # no other benchmark needs it
 
     spec = lm_eval_tasks.parse_lm_eval(where) if values is None else lm_eval_tasks.lm_eval_spec(values, where)
     return list(

@@ -171,6 +171,18 @@ class Suite:
             unfinished=sum(isinstance(output, Generated) and not output.finished for output in outputs),
         )
 
+    def check_scored(self, results: Iterable[ItemResult]) -> None:
+        """Raise EngineError for a benchmark of which no item could be scored: it has no mean, and is no zero."""
+        reasons: dict[str, str | None] = {}
+        for result in results:
+            if result.score is not None:
+                reasons[result.benchmark] = None
+            else:
+                reasons.setdefault(result.benchmark, result.error)
+        for name, reason in reasons.items():
+            if reason is not None:
+                raise EngineError(f"no item of {name} could be scored, the first one because of {reason}")
+
     def in_order(self, results: Iterable[ItemResult]) -> list[ItemResult]:
         """Results in the order of the suite's items."""
         by_item = {(result.benchmark, result.item): result for result in results}
