@@ -16,23 +16,27 @@ import click
 from rich.console import Console
 
 from mergemix import __version__
-from mergemix.config import ENGINES, RunConfig, load_config_file
+from mergemix.config import ENGINES, NORMALIZATIONS, SURROGATES, RunConfig, load_config_file
 from mergemix.errors import MergeMixError
 from mergemix.options import (
     NUMBERS,
     Numbers,
     cache_options,
     collect,
+    collect_mappings,
+    constraint_options,
     experts_option,
     memory_option,
     merging_options,
     no_download_option,
     out_option,
     run_options,
+    study_option,
 )
 
 if TYPE_CHECKING:
     from mergemix.merge.request import MergeRequest
+    from mergemix.search.constraints import Constraints
 
 PLAIN_WIDTH = 120  # columns of a table that goes to a file or a pipe
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 3
@@ -98,8 +102,7 @@ def run(*, console: Console, config: Path | None, **options: Any) -> tuple[dict[
 def run_config(config: Path | None, options: dict[str, Any]) -> RunConfig:
     """One RunConfig from the file and the command line; what the command line names wins."""
     given = load_config_file(config) if config is not None else {}
-    for key in ("experts", "prior"):
-        options[key] = collect(f"--{key}", options[key])
+    collect_mappings(options)
     given.update({key: value for key, value in options.items() if value not in (None, (), {})})
     if not given.get("study"):
         raise click.UsageError("Missing option '--study': the directory that keeps the study's evidence.")
@@ -278,7 +281,93 @@ def generate(
 
 
 @cli.command()
-@click.option("--study", type=click.Path(path_type=Path), required=True, help="Directory of the study.")
+@study_option
+@click.option("--utility", help="Another utility than the study's, as `run` takes it.")
+@click.option(
+    "--normalize", type=click.Choice(NORMALIZATIONS), help="Another normalisation than the study's."
+)
+@constraint_options
+@click.option("--drop", multiple=True, help="A domain that is not to be used. Repeat.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@common
+def solve(*, console: Console, study: Path, **options: Any) -> tuple[dict[str, Any], Any]:
+    """Decide again from what a study has measured: another utility, other constraints, fewer domains. No engine."""
+    constraints = constraints_given(options)
+
+    from mergemix.report.solve_tables import solve_table
+    from mergemix.solve import solve as decide_again
+
+    result = decide_again(study, constraints=constraints, **options)
+    return result, solve_table(result)
+
+
+@cli.command()
+@click.argument("studies", nargs=2, type=click.Path(path_type=Path), metavar="STUDY STUDY")
+@click.option("--utility", help="Another utility than the first study's, as `run` takes it.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@common
+def compare(
+    *, console: Console, studies: tuple[Path, Path], utility: str | None, seed: int
+) -> tuple[dict[str, Any], Any]:
+    """Does the best mixture move between two studies: with training, or with scale?"""
+    from mergemix.compare import compare as compare_studies
+    from mergemix.report.compare_tables import compare_table
+
+    result = compare_studies(*studies, utility=utility, seed=seed)
+    return result, compare_table(result)
+
+
+@cli.command()
+@click.option(
+    "--mixtures", type=click.Path(path_type=Path), required=True, help="CSV of shares: one row a mixture."
+)
+@click.option(
+    "--scores", type=click.Path(path_type=Path), required=True, help="CSV of what each of them scored."
+)
+@click.option("--test-mixtures", type=click.Path(path_type=Path), help="CSV of mixtures to be predicted.")
+@click.option("--test-scores", type=click.Path(path_type=Path), help="CSV of what those scored.")
+@click.option("--surrogate", type=click.Choice(SURROGATES), default="auto", show_default=True)
+@click.option("--minimize", is_flag=True, help="Lower scores are better, as of a loss.")
+@constraint_options
+@click.option("--seed", type=int, default=0, show_default=True)
+@common
+def fit(*, console: Console, **options: Any) -> tuple[dict[str, Any], Any]:
+    """Fit surrogates to mixtures and scores that anybody has measured, test them, and predict the best mixture."""
+    constraints = constraints_given(options)
+
+    from mergemix.fit import fit as fit_files
+    from mergemix.report.fit_tables import fit_table
+
+    result = fit_files(constraints=constraints, **options)
+    return result, fit_table(result)
+
+
+def constraints_given(options: dict[str, Any]) -> Constraints | None:
+    """The constraints among the options, which are taken out of them; None without any."""
+    collect_mappings(options)
+    names = (
+        "min",
+        "max",
+        "pin",
+        "groups",
+        "tokens",
+        "train_tokens",
+        "max_epochs",
+        "prior",
+        "kl_limit",
+        "kl_penalty",
+    )
+    given = {name: value for name in names if (value := options.pop(name)) not in (None, {})}
+    if not given:
+        return None
+
+    from mergemix.search.constraints import Constraints
+
+    return Constraints(**given)
+
+
+@cli.command()
+@study_option
 @click.option(
     "--candidate", "candidates", type=int, multiple=True, help="Only this candidate's number. Repeat."
 )

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from mergemix.errors import ConfigError
 from mergemix.units import parse_size
 
-SEARCHES = ("cma", "random", "grid")
+SEARCHES = ("cma", "bo", "surrogate", "random", "grid")
+SURROGATES = ("auto", "lightgbm", "gp", "loglinear", "scheffe")
 ENGINES = ("auto", "vllm", "hf")
-TEXTS = ("base", "study", "search", "engine", "utility", "normalize", "layer_groups", "verify_swaps")
+TEXTS = (
+    "base", "study", "search", "engine", "utility", "normalize", "layer_groups", "verify_swaps", "hierarchy",
+)  # fmt: skip
 WHOLE_NUMBERS = (
     "budget", "seed", "max_model_len", "tensor_parallel", "device_cache", "host_cache", "lora_in_flight",
     "item_budget",
 )  # fmt: skip
+NUMBERS = ("holdout_share", "train_tokens", "max_epochs", "kl_limit", "kl_penalty", "interval")
+SHARES = ("prior", "min", "max", "pin", "tokens")
 SWITCHES = ("race", "allow_code_execution")
 RESERVED = ("base", "uniform", "best")
 NORMALIZATIONS = ("raw", "base", "minmax", "zscore")
@@ -57,6 +62,29 @@ class RunConfig:
     normalize: str = "raw"
     prior: Mapping[str, float] | None = None
     """A mixture that the user believes in: becomes a start point."""
+    min: Mapping[str, float] = field(default_factory=dict)
+    """Smallest share of a domain, or of a group together."""
+    max: Mapping[str, float] = field(default_factory=dict)
+    pin: Mapping[str, float] = field(default_factory=dict)
+    """Exact shares."""
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Name -> domains whose shares are bounded together."""
+    tokens: Mapping[str, float] = field(default_factory=dict)
+    """Tokens that there are of a domain: with train_tokens and max_epochs a cap on its share."""
+    train_tokens: float | None = None
+    """Tokens that will be trained on."""
+    max_epochs: float = 4.0
+    """How often a domain's tokens may be repeated."""
+    kl_limit: float | None = None
+    """Largest Kullback-Leibler divergence from the prior, in nats."""
+    kl_penalty: float = 0.0
+    """What a nat of divergence from the prior takes off the utility."""
+    warm_start: tuple[str, ...] = ()
+    """Studies whose evidence the search begins with."""
+    hierarchy: str | None = None
+    """YAML file of a tree of domains: searched level by level."""
+    interval: float | None = None
+    """The search stops when the best mixture's utility is known within this, on either side."""
     max_model_len: int | None = None
     """Tokens of prompt plus answer that the engine is set up for; the model's own limit when not given."""
     layer_groups: str | None = None
@@ -108,6 +136,10 @@ class RunConfig:
             raise ConfigError(
                 f"holdout_share must be from 0 to 0.9 of the items, but is {self.holdout_share}"
             )
+        if self.interval is not None and not self.interval > 0:
+            raise ConfigError(f"interval must be a positive difference of utilities, but is {self.interval}")
+        if self.hierarchy is not None and self.layer_groups is not None:
+            raise ConfigError("hierarchy and layer_groups cannot go together: leave one out")
         if self.normalize in ("base", "minmax") and self.base is None:
             raise ConfigError(f"normalize: {self.normalize} needs the base's scores; give --base PATH")
 
@@ -136,9 +168,12 @@ def load_config_file(path: Path) -> dict[str, Any]:
     if "experts" in given:
         experts = _mapping_of(given["experts"], str, f"{path}: experts")
         given["experts"] = {name: _beside(path, source) for name, source in experts.items()}
-    if "prior" in given:
-        given["prior"] = _mapping_of(given["prior"], (int, float), f"{path}: prior")
-    for key in ("bench", "holdout", "include_path"):
+    for key in SHARES:
+        if key in given:
+            given[key] = _mapping_of(given[key], (int, float), f"{path}: {key}")
+    if "groups" in given:
+        given["groups"] = _groups_of(given["groups"], f"{path}: groups")
+    for key in ("bench", "holdout", "include_path", "warm_start"):
         if key in given:
             values = [given[key]] if isinstance(given[key], str) else given[key]
             if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
@@ -160,14 +195,15 @@ def load_config_file(path: Path) -> dict[str, Any]:
     for key in SWITCHES:
         if key in given and not isinstance(given[key], bool):
             raise ConfigError(f"{path}: {key} must be true or false, but is {given[key]!r}")
-    share = given.get("holdout_share", 0.0)
-    if not isinstance(share, int | float) or isinstance(share, bool):
-        raise ConfigError(f"{path}: holdout_share must be a number, but is {share!r}")
+    for key in NUMBERS:
+        if key in given and (not isinstance(given[key], int | float) or isinstance(given[key], bool)):
+            raise ConfigError(f"{path}: {key} must be a number, but is {given[key]!r}")
     for key in TEXTS:
         if key in given and not (isinstance(given[key], str) and given[key]):
             raise ConfigError(f"{path}: {key} must be text, but is {given[key]!r}")
-    if "base" in given:
-        given["base"] = _beside(path, given["base"])
+    for key in ("base", "hierarchy"):
+        if key in given:
+            given[key] = _beside(path, given[key])
     if "study" in given:
         given["study"] = str(path.parent / given["study"])
     return given
@@ -190,6 +226,14 @@ def _mapping_of(value: Any, kind: type | tuple[type, ...], where: str) -> dict[s
     ):
         raise ConfigError(f"{where} must map names to values, but is {value!r}")
     return value
+
+
+def _groups_of(value: Any, where: str) -> dict[str, tuple[str, ...]]:
+    named = _mapping_of(value, list, where)
+    for name, members in named.items():
+        if not all(isinstance(member, str) for member in members):
+            raise ConfigError(f"{where}: {name} must list names of domains, but is {members!r}")
+    return {name: tuple(members) for name, members in named.items()}
 
 
 def _beside(config: Path, source: str) -> str:

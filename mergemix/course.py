@@ -48,4 +48,4 @@ class Course:
             f"clearly worse than the best so far: after {len(results)} of {self._suite.num_items} items its utility is "
             f"at most {look.upper:.4g}, the best one's is {self._race.best:.4g}"
         )
-        return reason, Estimate(look.estimate, look.standard_error)
+        return reason, Estimate(look.estimate, look.standard_error, look.benchmarks)

@@ -11,11 +11,14 @@ import numpy as np
 
 from mergemix.course import Course
 from mergemix.evals.suite import Suite
-from mergemix.evals.utility import Utility
+from mergemix.evals.utility import CapabilityUtility, Utility
 from mergemix.evaluator import LocalEvaluator
 from mergemix.mixture import Mixture
+from mergemix.search import Outcome
+from mergemix.search.region import Region
 from mergemix.serve.engine import Swap
 from mergemix.study import CandidateRecord, Study
+from mergemix.valuation import Valuation
 
 # Of fewer items a race asks most before it can tell anything.
 MIN_RACED_ITEMS = 128
@@ -61,8 +64,8 @@ class Silent:
 class Evidence:
     """Candidates of one study on one suite of benchmarks. A candidate that is stored is never paid for again.
 
-    utility: None until the reference candidates that a normalisation needs are known. capabilities: by name, that of
-    each one alone: the mean of its benchmarks' normalised scores.
+    utility: None until the baselines that a normalisation or a floor needs are known. valuation: set when the baselines
+    have been scored. region: the mixtures that are allowed; baselines may be others.
     """
 
     def __init__(
@@ -77,8 +80,9 @@ class Evidence:
     ) -> None:
         self.study = study
         self.suite = suite
-        self.utility: Utility | None = None
-        self.capabilities: dict[str, Utility] = {}
+        self.utility: Utility | CapabilityUtility | None = None
+        self.region: Region | None = None
+        self._valuation: Valuation | None = None
         self._pool = pool
         self._observer = observer
         self._expected = expected
@@ -92,8 +96,20 @@ class Evidence:
         ] = {}  # item scores of those that answered everything
         self._previous_end = time.perf_counter()
 
+    @property
+    def valuation(self) -> Valuation:
+        assert self._valuation is not None, "the baselines have been scored"
+        return self._valuation
+
+    def value(self, valuation: Valuation) -> None:
+        """From now on candidates are worth what this says."""
+        self._valuation, self.utility = valuation, valuation.utility
+
     def race(self, seed: int) -> None:
-        """From now on stop candidates of the search that are clearly worse than the best. seed: of the items' order."""
+        """From now on stop candidates of the search that are clearly worse than the best. seed: of the items' order.
+
+        Only a utility that is linear can be raced: under another one all candidates answer everything.
+        """
         self._race_seed = seed
 
     def collect(
@@ -160,20 +176,30 @@ class Evidence:
 
     def _course(self, mixture: Mixture) -> Course | None:
         """How a candidate is asked its items; None where nothing is there to race against."""
-        assert self.utility is not None, "a search begins when the baselines are known"
         assert self._race_seed is not None, "there is a race"
-        if not self._incumbents or self.suite.num_items < MIN_RACED_ITEMS:
+        if not isinstance(self.utility, Utility) or not self._incumbents:
+            return None
+        if self.suite.num_items < MIN_RACED_ITEMS:
             return None
         return Course(self.suite, self.utility, list(self._incumbents.values()), mixture, self._race_seed)
 
     def _see(self, record: CandidateRecord) -> None:
         """Count a candidate of this run, stored or new: in the same order in every run of the study."""
         self._spent[record.id] = record.items
-        if record.done and record.repeat == 0 and any(record.mixture.weights):
+        mixture = record.mixture
+        if record.done and record.repeat == 0 and any(mixture.weights) and self._allows(mixture):
             self._incumbents.setdefault(record.id, self.item_scores(record))
 
+    def outcome_of(self, record: CandidateRecord) -> Outcome:
+        """What a search is told."""
+        return self.valuation.outcome(record, self.item_scores(record))
+
+    def outcomes(self, records: Sequence[CandidateRecord]) -> list[tuple[Mixture, Outcome]]:
+        """Mixtures of data among `records`, with what they are worth; the base is none."""
+        return [(r.mixture, self.outcome_of(r)) for r in records if any(r.mixture.weights)]
+
     def score_of(self, record: CandidateRecord) -> float | None:
-        """What a search is told: the utility, its estimate where a candidate was stopped early, None when it failed."""
+        """The utility, its estimate where a candidate was stopped early, None when it failed."""
         return self.utility_of(record) if record.estimate is None else record.estimate.utility
 
     def utility_of(self, record: CandidateRecord) -> float | None:
@@ -187,8 +213,19 @@ class Evidence:
         return self.suite.item_scores(self.study.results(record.id))
 
     def mixtures(self) -> list[CandidateRecord]:
-        """Candidates of the search, each once: no repeats, and not the base, which is no mixture of data."""
-        return [r for r in self.study.candidates() if r.repeat == 0 and any(r.mixture.weights)]
+        """Mixtures that are allowed, each once: no repeats, and not the base, which is no mixture of data."""
+        return [
+            record
+            for record in self.study.candidates()
+            if record.repeat == 0 and any(record.mixture.weights) and self._allows(record.mixture)
+        ]
+
+    def penalty_of(self, mixture: Mixture) -> float:
+        """What its divergence from the prior takes off its utility."""
+        return 0.0 if self.region is None else float(self.region.penalty(np.array([mixture.weights]))[0])
+
+    def _allows(self, mixture: Mixture) -> bool:
+        return self.region is None or self.region.contains(mixture.without_groups())
 
     def _tell(self, record: CandidateRecord, seconds: float) -> None:
         done = sum(candidate.repeat == 0 for candidate in self.study.candidates())

@@ -11,7 +11,7 @@ from mergemix.config import RunConfig
 from mergemix.errors import ConfigError
 from mergemix.evals.split import asked_by
 from mergemix.evals.suite import Suite
-from mergemix.evals.utility import parse_utility
+from mergemix.evals.utility_spec import parse_utility
 from mergemix.search import Search
 
 PACKAGES = (
@@ -36,7 +36,7 @@ def identify(config: RunConfig, family: Family, suite: Suite, search: Search, en
         "tensor_parallel": config.tensor_parallel,
         "lora_in_flight": config.lora_in_flight > 0,
         "race": config.race,
-        "utility": config.utility,
+        "utility": parse_utility(config.utility, list(suite.capabilities)).text,
         "normalize": config.normalize,
         **search.identity,
     }
@@ -47,11 +47,12 @@ def check_suites(config: RunConfig, suite: Suite, holdout: Suite | None) -> None
 
     Raises ConfigError when the utility names a capability that one of the suites has not, or when an item is in both.
     """
-    parse_utility(config.utility, list(suite.capabilities))
+    references = ["uniform", *(["base"] if config.base else []), *config.experts]
+    parse_utility(config.utility, list(suite.capabilities), references)
     if holdout is None:
         return
     try:
-        parse_utility(config.utility, list(holdout.capabilities))
+        parse_utility(config.utility, list(holdout.capabilities), references)
     except ConfigError as error:
         raise ConfigError(f"--holdout: {error}") from None
     seen = {
@@ -69,7 +70,7 @@ def check_suites(config: RunConfig, suite: Suite, holdout: Suite | None) -> None
                 )
 
 
-def provenance(config: RunConfig, family: Family) -> dict[str, Any]:
+def provenance(config: RunConfig, family: Family, suite: Suite) -> dict[str, Any]:
     """What is worth knowing about a study and may change between two runs of it."""
     return {
         "versions": versions(),
@@ -78,6 +79,15 @@ def provenance(config: RunConfig, family: Family) -> dict[str, Any]:
             each.name: {"source": each.source, "commit": each.revision} for each in family.members
         },
         "bench": list(config.bench),
+        "suite": {
+            benchmark.name: {
+                "capability": benchmark.capability,
+                "higher_is_better": benchmark.higher_is_better,
+                "metric": benchmark.metric,
+                "items": len(benchmark.item_ids),
+            }
+            for benchmark in suite.benchmarks
+        },
     }
 
 

@@ -76,6 +76,15 @@ class NamedValues(click.ParamType):
         return pairs
 
 
+class Groups(NamedValues):
+    """NAME=DOMAIN+DOMAIN, or several with commas between them."""
+
+    name = "name=a+b"
+
+    def __init__(self) -> None:
+        super().__init__(lambda text: tuple(part.strip() for part in text.split("+")))
+
+
 def collect(option: str, given: Iterable[Iterable[tuple[str, Value]]]) -> dict[str, Value]:
     """One mapping from a repeated NAME=VALUE option; a name given twice is a usage error."""
     values: dict[str, Value] = {}
@@ -97,6 +106,9 @@ experts_option = click.option(
 )
 out_option = click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="New directory for the checkpoint."
+)
+study_option = click.option(
+    "--study", type=click.Path(path_type=Path), required=True, help="Directory of the study."
 )
 memory_option = click.option(
     "--memory", type=Size(), default="256MiB", show_default=True, help="Bound on the merge's buffers."
@@ -120,6 +132,39 @@ def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         command = option(command)
     return command
+
+
+def constraint_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Which mixtures are allowed; as `search.constraints.Constraints` takes them. What is not given is None or ()."""
+    for option in reversed(
+        (
+            click.option("--min", type=NUMBERS, multiple=True, help="NAME=SHARE at least, of a domain or group."),
+            click.option("--max", type=NUMBERS, multiple=True, help="NAME=SHARE at most, of a domain or group."),
+            click.option("--pin", type=NUMBERS, multiple=True, help="NAME=SHARE exactly, of a domain or group."),
+            click.option("--group", "groups", type=Groups(), multiple=True,
+                         help="NAME=DOMAIN+DOMAIN whose shares are bounded together. Repeat."),
+            click.option("--tokens", type=NUMBERS, multiple=True, help="NAME=N tokens that there are of a domain."),
+            click.option("--train-tokens", type=float, help="Tokens that will be trained on."),
+            click.option("--max-epochs", type=float,
+                         help="How often a domain's tokens may be repeated: a cap on its share. Default: 4."),
+            click.option("--prior", type=NUMBERS, multiple=True,
+                         help="NAME=SHARE,... of a mixture to start from, and to measure --kl-limit from."),
+            click.option("--kl-limit", type=float, help="Largest divergence KL(mixture || prior), in nats."),
+            click.option("--kl-penalty", type=float, help="Utility that a nat of it costs. Default: 0."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+MAPPINGS = ("experts", "prior", "min", "max", "pin", "groups", "tokens")
+
+
+def collect_mappings(options: dict[str, Any]) -> None:
+    """Make one mapping of each repeated NAME=VALUE option, in place. Raises a usage error for a name given twice."""
+    for key in MAPPINGS:
+        if key in options:
+            options[key] = collect("--group" if key == "groups" else f"--{key}", options[key])
 
 
 def merging_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -200,15 +245,29 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--engine", type=click.Choice(ENGINES), help="auto is vllm where it is installed, else hf."
             ),
             click.option(
-                "--utility", help="macro, one capability, or NAME=W,... over capabilities. Default: macro."
+                "--utility",
+                help="macro, worst, one capability, NAME=W,..., an expression, or a weights file; "
+                "'; NAME >= base' adds a floor. Default: macro.",
             ),
             click.option(
                 "--normalize",
                 type=click.Choice(NORMALIZATIONS),
                 help="How benchmark scores are made comparable.",
             ),
+            constraint_options,
             click.option(
-                "--prior", type=NUMBERS, multiple=True, help="NAME=SHARE,... of a mixture to start from."
+                "--hierarchy",
+                help="YAML file of a tree of domains, searched level by level.",
+            ),
+            click.option(
+                "--warm-start",
+                multiple=True,
+                help="Directory of a study whose evidence the search begins with. Repeat.",
+            ),
+            click.option(
+                "--interval",
+                type=float,
+                help="Stop when the best utility is known within this, on either side.",
             ),
             click.option(
                 "--max-model-len",

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 from mergemix.checkpoints.family import Family
 from mergemix.config import RunConfig
-from mergemix.errors import ConfigError
+from mergemix.errors import ConfigError, StudyError
 from mergemix.evals.benchmark import Context, load_benchmarks
 from mergemix.evals.split import split_items
 from mergemix.evals.suite import Suite
-from mergemix.evals.utility import Utility, make_utility
+from mergemix.evals.utility import CapabilityUtility, Utility, make_utility
+from mergemix.evals.utility_spec import parse_utility
+from mergemix.evidence import Evidence
 from mergemix.identity import check_suites
 from mergemix.mixture import Mixture
-from mergemix.search import Search, layer_groups, open_search, start_points
+from mergemix.search import Search, layer_groups, load_tree, open_search
+from mergemix.search.constraints import Constraints
 from mergemix.serve.engine import EngineSpec
 from mergemix.study import CandidateRecord, Study
+from mergemix.valuation import Valuation, value_study
 
 
 def load_suites(config: RunConfig, family: Family, kind: Literal["vllm", "hf"]) -> tuple[Suite, Suite | None]:
@@ -51,15 +55,20 @@ def load_suites(config: RunConfig, family: Family, kind: Literal["vllm", "hf"]) 
     return suite, holdout
 
 
-def make_search(config: RunConfig, family: Family) -> Search:
-    """The search over what the budget leaves beside the base, which no search proposes."""
+def make_search(config: RunConfig, family: Family, baselines: Collection[Mixture]) -> Search:
+    """The search over what the budget leaves beside baselines that no search proposes: the base, what is not allowed.
+
+    Raises ConfigError when constraints cannot be met, or the budget does not cover what is scored in any case.
+    """
     prior = None if config.prior is None else Mixture.of(family.names, config.prior)
-    spent = int(family.base is not None)
-    needed = len(start_points(family.names, prior)) + spent
-    if config.budget < needed:
+    region = constraints_of(config).region(family.names)
+    starts = region.start_points(prior)
+    spent = len(set(baselines) - set(starts))
+    if config.budget < len(starts) + spent:
         raise ConfigError(
-            f"the budget must cover the {needed} start points (uniform, each single expert, the base and the prior "
-            f"if given), but is {config.budget}: give --budget {needed} or more"
+            f"the budget must cover the {len(starts) + spent} mixtures that are scored in any case (uniform, each "
+            f"single expert, the base and the prior if given, and what is nearest to them inside the constraints), but "
+            f"is {config.budget}: give --budget {len(starts) + spent} or more"
         )
     groups = layer_groups(config.layer_groups, family.template.tensors) if config.layer_groups else ()
     return open_search(
@@ -68,7 +77,27 @@ def make_search(config: RunConfig, family: Family) -> Search:
         budget=config.budget - spent,
         seed=config.seed,
         prior=prior,
+        region=region,
+        batch=max(1, config.lora_in_flight),
         groups=groups,
+        tree=load_tree(Path(config.hierarchy), family.names) if config.hierarchy else None,
+        interval=config.interval,
+    )
+
+
+def constraints_of(config: RunConfig) -> Constraints:
+    """Which mixtures are allowed."""
+    return Constraints(
+        min=config.min,
+        max=config.max,
+        pin=config.pin,
+        groups={name: tuple(members) for name, members in config.groups.items()},
+        tokens=config.tokens,
+        train_tokens=config.train_tokens,
+        max_epochs=config.max_epochs,
+        prior=config.prior,
+        kl_limit=config.kl_limit,
+        kl_penalty=config.kl_penalty,
     )
 
 
@@ -103,23 +132,26 @@ def first_load(family: Family) -> Mixture:
     return Mixture(family.names, tuple(1.0 / parts for _ in family.names))
 
 
-def utility_of(
-    config: RunConfig, suite: Suite, references: Mapping[str, CandidateRecord], spec: str | None = None
-) -> Utility:
-    """The utility of this study; its normalisation reads the scores of the baselines that succeeded.
+def early_utility(config: RunConfig, suite: Suite) -> Utility | CapabilityUtility | None:
+    """The utility, where it is known before any baseline is: so that progress shows it from the start."""
+    spec = parse_utility(config.utility, list(suite.capabilities))
+    if config.normalize != "raw" or spec.references:
+        return None
+    return make_utility(suite.capabilities, spec, "raw", directions=suite.directions)
 
-    spec: another one than the study's, such as a capability alone: the mean of its normalised scores.
-    """
-    scores = {name: record.scores for name, record in references.items() if record.done}
-    return make_utility(
-        suite.capabilities,
-        spec or config.utility,
-        config.normalize,
-        directions=suite.directions,
-        uniform=scores.pop("uniform", None),
-        base=scores.pop("base", None),
-        experts=scores,
-    )
+
+def valuation_of(
+    config: RunConfig, evidence: Evidence, references: Mapping[str, CandidateRecord]
+) -> Valuation:
+    """What candidates are worth; normalisation, floors and item difficulty read the baselines that succeeded."""
+    suite = evidence.suite
+    scored = {
+        name: (record, evidence.item_scores(record)) for name, record in references.items() if record.done
+    }
+    if not scored:
+        reasons = {record.reason for record in references.values() if record.reason}
+        raise StudyError(f"no baseline could be evaluated: {'; '.join(sorted(reasons))}")
+    return value_study(suite.capabilities, suite.directions, config.utility, config.normalize, scored)
 
 
 def open_holdout(

@@ -13,12 +13,13 @@ from mergemix.identity import identify, provenance
 from mergemix.mixture import Mixture
 from mergemix.preparation import (
     check_item_budget,
+    early_utility,
     engine_spec,
     first_load,
     load_suites,
     make_search,
     open_holdout,
-    utility_of,
+    valuation_of,
 )
 from mergemix.report.summary import baseline_mixtures, best_candidate, compare, lead, summarize, write_json
 from mergemix.serve import open_engine, resolve_kind
@@ -42,9 +43,9 @@ def run(config: RunConfig, observer: Observer | None = None) -> dict[str, Any]:
     suite, holdout = load_suites(config, family, kind)
     baselines = baseline_mixtures(family.names, has_base=family.base is not None)
     check_item_budget(config, suite, len(baselines))
-    search = make_search(config, family)
+    search = make_search(config, family, baselines.values())
     spec = engine_spec(config, family, kind)
-    identity, info = identify(config, family, suite, search, kind), provenance(config, family)
+    identity, info = identify(config, family, suite, search, kind), provenance(config, family, suite)
 
     with (
         Study.open(config.study, identity, info) as study,
@@ -54,23 +55,22 @@ def run(config: RunConfig, observer: Observer | None = None) -> dict[str, Any]:
         evidence = Evidence(
             study, suite, pool, observer, expected=config.budget, item_budget=config.item_budget
         )
-        if config.normalize == "raw":
-            evidence.utility = utility_of(config, suite, {})  # known at once, so that progress shows it
+        evidence.utility, evidence.region = early_utility(config, suite), search.region
         observer.stage("scoring the baselines")
         references = evidence.collect(list(baselines.values()), origin="baseline")
-        named = dict(zip(baselines, references, strict=True))
-        evidence.utility = utility_of(config, suite, named)
-        evidence.capabilities = {name: utility_of(config, suite, named, name) for name in suite.capabilities}
+        evidence.value(valuation_of(config, evidence, dict(zip(baselines, references, strict=True))))
         observer.stage("searching")
+        search.objective = evidence.valuation.objective
+        search.learn(evidence.outcomes(references), same=True)
         if config.race:
             evidence.race(config.seed)
         while not (stopped := search.stop() or evidence.stop()):
             for record in evidence.collect(search.ask(), origin=search.kind, searched=True):
-                search.tell([(record.mixture, evidence.score_of(record))])
+                search.tell([(record.mixture, evidence.outcome_of(record))])
         best = best_candidate(evidence).mixture
         observer.stage("measuring the noise floor")
         evidence.collect([baselines["uniform"], best], origin="repeat", repeat=1)
-        summary = summarize(evidence, baselines, engine=kind, stopped=stopped)
+        summary = summarize(evidence, baselines, search, engine=kind, seed=config.seed, stopped=stopped)
         write_json(config.study / "mixture.json", summary)
         if holdout is not None and holdout_study is not None:
             observer.stage("scoring the finalists on held-out items")
@@ -87,5 +87,5 @@ def _score_finalists(
     """Utilities of the finalists on items that the search never saw, and how far "best" is ahead of each."""
     records = evidence.collect(list(finalists.values()), origin="finalist")
     named = dict(zip(finalists, records, strict=True))
-    evidence.utility = utility_of(config, evidence.suite, {n: r for n, r in named.items() if n != "best"})
+    evidence.value(valuation_of(config, evidence, {n: r for n, r in named.items() if n != "best"}))
     return compare(evidence, named)

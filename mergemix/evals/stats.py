@@ -1,9 +1,9 @@
 """How far a utility can be trusted, which candidates cannot be told apart, and what the engine's own noise is.
 
-The items of a benchmark are a sample of the questions it could have asked. A utility is a weighted sum of means over
-items, so its variance is the sum over benchmarks of weight^2 * variance of the scores / number of items. Two candidates
-are compared on the items that both have answered, by their differences item by item, so that what makes an item
-hard for both cancels.
+The items of a benchmark are a sample of the questions it could have asked. A linear utility is a weighted sum of
+means over items, so its variance is the sum over benchmarks of weight^2 * variance of the scores / number of items.
+Two candidates are compared on the items that both have answered, by their differences item by item, so that what
+makes an item hard for both cancels.
 
 Two intervals, of which the first is the default:
 
@@ -15,7 +15,7 @@ Two intervals, of which the first is the default:
 
 With 10 items in each of three benchmarks, right with probability 0.1, the first covers the truth in 96 % of simulated
 cases where 95 % are due, the second in 82 %; with 50 items both in 93 %. Both rest on the items alone: on items
-that all score the same they have no width.
+that all score the same they have no width. For utilities that are not linear `evals.simulated` has both.
 
 What is corrected: nothing, unless `indistinguishable` is told to (`correct=True`: Bonferroni over the comparisons).
 Uncorrected, each candidate is compared as if it were the only one; of many equals some will seem different by chance,
@@ -32,15 +32,16 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from mergemix.evals.utility import Utility
+from mergemix.evals import simulated
+from mergemix.evals.simulated import Method
+from mergemix.evals.utility import AnyUtility, Utility
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
-Method = Literal["analytic", "bootstrap"]
 METHOD: Method = "analytic"
 _CHUNK_BYTES = 48 << 20  # of resampling work space; two int64/float64 arrays of (resamples, items)
 _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(48)
@@ -77,7 +78,7 @@ class EngineNoise(NamedTuple):
 
 
 def interval(
-    utility: Utility,
+    utility: AnyUtility,
     items: ItemScores,
     *,
     confidence: float = CONFIDENCE,
@@ -90,13 +91,18 @@ def interval(
     Analytic: both infinite where a benchmark that counts has a single item, which says nothing of the spread.
     Raises ValueError when a benchmark has no scores.
     """
-    values = {name: _common(name, [items[name]]) for name in utility.weights}
+    values = {name: _common(name, [items[name]]) for name in utility.benchmarks}
+    if not isinstance(utility, Utility):
+        found = simulated.interval(
+            utility, [values], confidence=confidence, method=method, resamples=resamples, seed=seed
+        )
+        return found.low, found.high
     _, low, high = _interval(utility, values, confidence, method, resamples, seed)
     return utility.offset + low, utility.offset + high
 
 
 def paired_difference(
-    utility: Utility,
+    utility: AnyUtility,
     a: ItemScores,
     b: ItemScores,
     *,
@@ -109,12 +115,19 @@ def paired_difference(
 
     Raises ValueError when a benchmark has not the same number of items in both, or no common item.
     """
+    if not isinstance(utility, Utility):
+        both = _both(utility.benchmarks, a, b)
+        return Difference(
+            *simulated.interval(
+                utility, both, confidence=confidence, method=method, resamples=resamples, seed=seed
+            )
+        )
     values = {name: _differences(name, a, b) for name in utility.weights}
     return _interval(utility, values, confidence, method, resamples, seed)
 
 
 def indistinguishable(
-    utility: Utility,
+    utility: AnyUtility,
     best: ItemScores,
     others: Mapping[Key, ItemScores],
     noise_floor: float = 0.0,
@@ -147,7 +160,7 @@ def indistinguishable(
     ]
 
 
-def engine_noise(utility: Utility, repeats: Sequence[tuple[ItemScores, ItemScores]]) -> EngineNoise | None:
+def engine_noise(utility: AnyUtility, repeats: Sequence[tuple[ItemScores, ItemScores]]) -> EngineNoise | None:
     """The A/A noise from pairs of evaluations of one mixture each; None without any.
 
     Two evaluations differ on an item by chance alone, with mean 0 and independently between items, so the mean
@@ -157,10 +170,19 @@ def engine_noise(utility: Utility, repeats: Sequence[tuple[ItemScores, ItemScore
         return None
     variances, moved, changed = [], [], []
     for once, again in repeats:
-        differences = {name: _differences(name, once, again) for name in utility.weights}
-        terms = [(w / len(d)) ** 2 * float(d @ d) for w, d in _weighted(utility, differences)]
-        variances.append(math.fsum(terms))
-        moved.append(abs(Utility(utility.weights, 0.0)(differences)))
+        differences = {name: _differences(name, once, again) for name in utility.benchmarks}
+        if isinstance(utility, Utility):
+            terms = [(w / len(d)) ** 2 * float(d @ d) for w, d in _weighted(utility, differences)]
+            variances.append(math.fsum(terms))
+            moved.append(abs(Utility(utility.weights, 0.0)(differences)))
+        else:
+            pair = _both(utility.benchmarks, once, again)
+            middle = {
+                name: (float(np.mean([own[name] for own in pair])), math.sqrt(float(d @ d) / 2) / len(d))
+                for name, d in differences.items()
+            }
+            variances.append(2 * simulated.standard_error(utility, middle) ** 2)
+            moved.append(abs(utility(pair[0]) - utility(pair[1])))
         changed.append(np.concatenate(list(differences.values())) != 0)
     standard_error = math.sqrt(math.fsum(variances) / len(variances))
     return EngineNoise(standard_error, max(moved), float(np.concatenate(changed).mean()))
@@ -226,6 +248,18 @@ def _common(name: str, scores: Sequence[np.ndarray]) -> np.ndarray:
 
 def _differences(name: str, a: ItemScores, b: ItemScores) -> np.ndarray:
     return _common(name, [a[name], b[name]])
+
+
+def _both(benchmarks: Sequence[str], a: ItemScores, b: ItemScores) -> list[dict[str, np.ndarray]]:
+    """The scores of each on the items that both have one for."""
+    known = {
+        name: np.isfinite(a[name]) & np.isfinite(b[name])
+        for name in benchmarks
+        if len(_differences(name, a, b))
+    }
+    return [
+        {name: np.asarray(own[name], dtype=np.float64)[known[name]] for name in benchmarks} for own in (a, b)
+    ]
 
 
 def _weighted(utility: Utility, values: Mapping[str, np.ndarray]) -> list[tuple[float, np.ndarray]]:

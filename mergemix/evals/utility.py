@@ -1,9 +1,10 @@
 """From benchmark scores to the one number a search maximises.
 
 A benchmark's mean score s is normalised to (s - shift) / scale; a capability's score is the mean over
-its benchmarks, the utility a weighted mean over capabilities. So the utility is linear in the
-benchmarks' means, which is what `stats` relies on. Where lower scores are better, the scale is negative: the utility
-is better when higher, always. An item that failed has no score (NaN), which is not a zero: means leave it out.
+its benchmarks, the utility what `utility_spec` says of the capabilities. Most are linear in the benchmarks' means
+(`Utility`), which racing needs; the others are a `CapabilityUtility`. Where lower scores are better, the scale is
+negative: higher normalised scores are better, always. An item that failed has no score (NaN), which is not a zero:
+means leave it out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from mergemix.errors import BenchmarkError, ConfigError
 from mergemix.evals.files import nearest
+from mergemix.evals.utility_spec import Objective, UtilitySpec, capability_objective, parse_utility
 
 NORMALIZATIONS = ("raw", "base", "minmax", "zscore")
 NEEDS_BASE = ("base", "minmax")
@@ -50,6 +52,11 @@ class Utility:
     weights: dict[str, float]
     offset: float
 
+    @property
+    def benchmarks(self) -> tuple[str, ...]:
+        """The benchmarks that count."""
+        return tuple(self.weights)
+
     def __call__(self, scores: Scores) -> float:
         """The utility of a candidate.
 
@@ -58,41 +65,54 @@ class Utility:
         terms = (weight * mean_score(scores[name], name) for name, weight in self.weights.items())
         return math.fsum((self.offset, *terms))
 
+    def shortfalls(self, scores: Scores) -> dict[str, float]:
+        """None: a linear utility has no floors."""
+        return {}
 
-def parse_utility(spec: str, capabilities: Sequence[str]) -> dict[str, float]:
-    """Weights over capabilities, summing to 1, those of weight 0 left out.
 
-    spec: "macro" (all the same), the name of one capability, or "NAME=W,NAME=W" with W >= 0.
-    Raises ConfigError on an unknown capability, a name given twice, or weights without a positive sum.
+@dataclass(frozen=True)
+class CapabilityUtility:
+    """A utility that is no weighted sum, as one with a minimum or floors; higher is better.
+
+    capabilities: the normalised score of each capability that counts, linear in the benchmarks' means. objective: of
+    these scores. It cannot be raced: `search.racing` needs the weights of benchmarks, which there are none of.
     """
-    if spec == "macro":
-        return {name: 1 / len(capabilities) for name in capabilities}
-    weights: dict[str, float] = {}
-    for part in spec.split(",") if "=" in spec else [f"{spec}=1"]:
-        name, _, text = (piece.strip() for piece in part.partition("="))
-        if name not in capabilities:
-            known = ", ".join(sorted(capabilities))
-            hint = nearest(name, capabilities)
-            raise ConfigError(
-                f"utility names the unknown capability {name!r}; {hint} (capabilities: {known})"
-            )
-        if name in weights:
-            raise ConfigError(f"utility {spec!r} names {name!r} twice")
-        weights[name] = _weight(name, text)
-    total = math.fsum(weights.values())
-    if not 0 < total < math.inf:
-        raise ConfigError(f"the weights of a utility must have a positive sum, but {spec!r} sums to {total}")
-    return {name: weight / total for name, weight in weights.items() if weight}
+
+    capabilities: dict[str, Utility]
+    objective: Objective
+
+    @property
+    def benchmarks(self) -> tuple[str, ...]:
+        """The benchmarks that count."""
+        return tuple(dict.fromkeys(name for each in self.capabilities.values() for name in each.weights))
+
+    def __call__(self, scores: Scores) -> float:
+        """The utility of a candidate; -inf where the goal has no finite value. Raises as `Utility` does."""
+        return float(
+            self.of_means({name: np.array([mean_score(scores[name], name)]) for name in self.benchmarks})[0]
+        )
+
+    def of_means(self, means: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The utilities of n candidates, shape (n,), from their benchmarks' means, shape (n,) by name."""
+        return self.objective(
+            {
+                name: each.offset
+                + np.sum([w * means[benchmark] for benchmark, w in each.weights.items()], axis=0)
+                for name, each in self.capabilities.items()
+            }
+        )
+
+    def shortfalls(self, scores: Scores) -> dict[str, float]:
+        """By how much a candidate misses each floor that it does not meet."""
+        return self.objective.shortfalls({name: each(scores) for name, each in self.capabilities.items()})
 
 
-def _weight(name: str, text: str) -> float:
-    try:
-        weight = float(text)
-    except ValueError:
-        weight = math.nan
-    if not 0 <= weight < math.inf:
-        raise ConfigError(f"the weight of capability {name!r} must be a finite number >= 0, but is {text!r}")
-    return weight
+AnyUtility = Utility | CapabilityUtility
+
+
+def preference(utility: AnyUtility, scores: Scores) -> tuple[bool, float]:
+    """Orders candidates, the best is the largest: those that meet all floors first, then by utility."""
+    return not utility.shortfalls(scores), utility(scores)
 
 
 def normalizers(
@@ -152,30 +172,51 @@ def normalizers(
 
 def make_utility(
     capabilities: Mapping[str, Sequence[str]],
-    spec: str = "macro",
+    spec: str | UtilitySpec = "macro",
     normalize: str = "raw",
     *,
     uniform: Scores | None = None,
     base: Scores | None = None,
     experts: Mapping[str, Scores] | None = None,
     directions: Mapping[str, int] | None = None,
-) -> Utility:
-    """The utility that `--utility spec --normalize normalize` means.
+) -> AnyUtility:
+    """The utility that `--utility spec --normalize normalize` means: a Utility where it is linear.
 
     capabilities: names of the benchmarks of each capability (Suite.capabilities). The references and the
-    directions are read as `normalizers` says; raw needs no references. Raises ConfigError as `parse_utility`
-    and `normalizers` do, BenchmarkError when a reference has no score on a benchmark.
+    directions are read as `normalizers` says; raw needs no references, floors that name one need its scores. Raises
+    ConfigError as `parse_utility` and `normalizers` do, BenchmarkError when a reference has no score on a benchmark.
     """
-    shares = parse_utility(spec, list(capabilities))
+    parsed = parse_utility(spec, list(capabilities)) if isinstance(spec, str) else spec
+    counted = {name: capabilities[name] for name in parsed.counted}
     shift_scale = normalizers(
         normalize,
-        [name for capability in shares for name in capabilities[capability]],
+        [benchmark for benchmarks in counted.values() for benchmark in benchmarks],
         uniform=uniform,
         base=base,
         experts=experts,
         directions=directions,
     )
-    weights, shifts = {}, []
+    if parsed.affine is not None:
+        offset, shares = parsed.affine
+        return _linear(counted, shares, shift_scale, offset)
+    alone = {name: _linear(counted, {name: 1.0}, shift_scale) for name in counted}
+    given = {"uniform": uniform, "base": base, **(experts or {})}
+    references = {
+        reference: {name: each(scores) for name, each in alone.items()}
+        for reference, scores in given.items()
+        if scores is not None and reference in parsed.references
+    }
+    return CapabilityUtility(alone, capability_objective(parsed, list(capabilities), references))
+
+
+def _linear(
+    capabilities: Mapping[str, Sequence[str]],
+    shares: Mapping[str, float],
+    shift_scale: Mapping[str, tuple[float, float]],
+    offset: float = 0.0,
+) -> Utility:
+    """offset + sum over capabilities of share * the mean of its benchmarks' normalised scores."""
+    weights, shifts = {}, [offset]
     for capability, share in shares.items():
         for name in capabilities[capability]:
             shift, scale = shift_scale[name]

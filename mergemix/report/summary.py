@@ -15,6 +15,8 @@ from mergemix.errors import OutputError, StudyError
 from mergemix.evals import stats
 from mergemix.evidence import Evidence
 from mergemix.mixture import Mixture
+from mergemix.search import Search
+from mergemix.search.decision import decide
 from mergemix.study import CandidateRecord
 
 
@@ -29,12 +31,18 @@ def baseline_mixtures(names: tuple[str, ...], *, has_base: bool) -> dict[str, Mi
 
 
 def best_candidate(evidence: Evidence, *, plain: bool = False) -> CandidateRecord:
-    """The best observed mixture of data: highest utility, the earliest on a tie; the base is no mixture.
+    """The best observed mixture that is allowed: highest utility, the earliest on a tie; the base is no mixture.
 
-    plain: among those without layer groups. Raises StudyError when no candidate succeeded.
+    Those that meet all floors of the utility come before those that do not; what divergence from the prior costs is
+    taken off. plain: among those without layer groups.
+    Raises StudyError when no candidate succeeded.
     """
-    records = [record for record in evidence.mixtures() if not (plain and record.mixture.groups)]
-    scored = [(u, record) for record in records if (u := evidence.utility_of(record)) is not None]
+    utility = evidence.valuation.utility
+    records = [r for r in evidence.mixtures() if r.done and not (plain and r.mixture.groups)]
+    scored = [
+        ((not utility.shortfalls(r.scores), utility(r.scores) - evidence.penalty_of(r.mixture)), r)
+        for r in records
+    ]
     if not scored:
         reasons = {record.reason for record in evidence.study.candidates() if record.reason}
         raise StudyError(f"no candidate could be evaluated: {'; '.join(sorted(reasons))}")
@@ -42,7 +50,13 @@ def best_candidate(evidence: Evidence, *, plain: bool = False) -> CandidateRecor
 
 
 def summarize(
-    evidence: Evidence, baselines: Mapping[str, Mixture], *, engine: str, stopped: Mapping[str, str]
+    evidence: Evidence,
+    baselines: Mapping[str, Mixture],
+    search: Search,
+    *,
+    engine: str,
+    seed: int,
+    stopped: Mapping[str, str],
 ) -> dict[str, Any]:
     """The summary that `mergemix run --json` prints (design: command line), from a study that is complete.
 
@@ -50,10 +64,11 @@ def summarize(
     second evaluations show. indistinguishable: mixtures whose paired interval against the best contains zero, or that
     are within the noise floor, best first; the best itself is not among them. Intervals are over items only:
     the best of many candidates is also lucky, which held-out items show and these intervals do not.
-    uninformative: benchmarks that cannot tell the candidates apart, and why.
+    uninformative: benchmarks that cannot tell the candidates apart, and why. decision: what models of the capabilities
+    say of mixtures that were not measured, `search.decision.Decision`. verified: of mixtures that a model proposed,
+    what it predicted and what was measured.
     """
-    utility = evidence.utility
-    assert utility is not None, "a complete study has a utility"
+    utility = evidence.valuation.utility
     first = [record for record in evidence.study.candidates() if record.repeat == 0]
     best = best_candidate(evidence)
     best_items = evidence.item_scores(best)
@@ -76,7 +91,8 @@ def summarize(
             **best.mixture.describe(),
             "utility": utility(best.scores),
             "interval": _limits(*stats.interval(utility, best_items)),
-            "capabilities": {name: each(best.scores) for name, each in evidence.capabilities.items()},
+            "capabilities": {n: each(best.scores) for n, each in evidence.valuation.capabilities.items()},
+            "shortfalls": utility.shortfalls(best.scores),
         },
         "baselines": {
             name: evidence.utility_of(record) if record else None for name, record in found.items()
@@ -86,20 +102,40 @@ def summarize(
             mixture.describe() if mixture.groups else mixture.as_dict() for mixture in ties
         ],
         "uninformative": stats.uninformative([best_items, *rival_items.values()]),
+        "decision": decide(
+            search.names, evidence.outcomes(first), evidence.valuation.objective, search.region, seed
+        ).describe(),
+        "verified": _verified(evidence, search),
         **_without_groups(evidence),
         **_costs(evidence),
     }
 
 
+def _verified(evidence: Evidence, search: Search) -> list[dict[str, Any]]:
+    """Of each mixture that a model of the search proposed: its prediction, and the utility that was measured."""
+    rows = []
+    for mixture, (mean, deviation) in search.predictions.items():
+        record = evidence.study.find(mixture)
+        if record is not None and record.status != "failed":
+            observed = evidence.score_of(record)
+            row = {
+                "predicted": mean,
+                "deviation": deviation,
+                "observed": observed,
+                "partial": not record.done,
+            }
+            rows.append({**mixture.describe(), **row})
+    return rows
+
+
 def _engine_noise(evidence: Evidence) -> stats.EngineNoise | None:
     """From every mixture that was evaluated more than once; None without any."""
-    assert evidence.utility is not None, "a complete study has a utility"
     pairs = []
     for again in evidence.study.candidates():
         once = evidence.study.find(again.mixture)
         if again.repeat and once is not None and once.done and again.done:
             pairs.append((evidence.item_scores(once), evidence.item_scores(again)))
-    return stats.engine_noise(evidence.utility, pairs)
+    return stats.engine_noise(evidence.valuation.utility, pairs)
 
 
 def _limits(low: float, high: float) -> list[float | None]:
@@ -109,8 +145,7 @@ def _limits(low: float, high: float) -> list[float | None]:
 
 def compare(evidence: Evidence, named: Mapping[str, CandidateRecord]) -> dict[str, Any]:
     """Utilities of named candidates on one suite, and how far "best" is ahead of each, with paired intervals."""
-    utility = evidence.utility
-    assert utility is not None, "a complete study has a utility"
+    utility = evidence.valuation.utility
     items = {name: evidence.item_scores(record) for name, record in named.items() if record.done}
     ahead = {
         name: stats.paired_difference(utility, items["best"], items[name])

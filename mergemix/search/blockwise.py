@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from mergemix.mixture import LayerGroup, Mixture
-from mergemix.search.base import Search
+from mergemix.search.base import Outcome, Search
 from mergemix.search.layers import Patterns
-from mergemix.search.simplex import basis, project, snap
+from mergemix.search.simplex import basis
 
 # Proposals for a group before the next one has its turn.
 BATCH = 4
@@ -32,7 +32,7 @@ class BlockwiseSearch(Search):
     kind = "blockwise"
 
     def __init__(self, inner: Search, groups: Sequence[Patterns], *, budget: int, seed: int) -> None:
-        super().__init__(inner.names, budget=budget, seed=seed, prior=None)
+        super().__init__(inner.names, budget=budget, seed=seed, prior=None, region=inner.region)
         self._inner = inner
         self._groups = tuple(groups)
         self._rng = np.random.default_rng([seed, len(groups)])
@@ -47,16 +47,22 @@ class BlockwiseSearch(Search):
             "budget": budget,
         }
 
-    def ask(self) -> list[Mixture]:
-        return self._inner.ask() or super().ask()
+    def learn(self, evidence: Sequence[tuple[Mixture, Outcome]], *, same: bool) -> None:
+        self._inner.learn(evidence, same=same)
 
-    def tell(self, results: Sequence[tuple[Mixture, float | None]]) -> None:
-        first = [(mixture, score) for mixture, score in results if not mixture.groups]
-        self._inner.tell(first)
-        self._waiting.update((mixture, None) for mixture, _ in first)
+    def ask(self, count: int | None = None) -> list[Mixture]:
+        if first := self._inner.ask(count):
+            new = dict.fromkeys(mixture for mixture in first if mixture not in self._order)
+            self._order.update(new)
+            self._waiting.update(new)
+            return first
+        return super().ask(count)
+
+    def tell(self, results: Sequence[tuple[Mixture, Outcome | float | None]]) -> None:
         super().tell(results)
+        self._inner.tell([(mixture, result) for mixture, result in results if not mixture.groups])
 
-    def _propose(self) -> list[Mixture]:
+    def _propose(self, count: int | None) -> list[Mixture]:
         while self._step >= SMALLEST_STEP:
             best = self._best()
             group = self._turn % len(self._groups)
@@ -70,13 +76,13 @@ class BlockwiseSearch(Search):
 
     def _best(self) -> Mixture:
         """The best candidate so far, the first of equals, with a group for each of ours."""
-        scored = [(score, mixture) for mixture, score in self._scores.items() if score is not None]
+        scored = [(score, mixture) for mixture, score in self._scores().items() if score is not None]
         mixture = max(scored, key=lambda pair: pair[0])[1] if scored else self._starts[0]
         groups = mixture.groups or tuple(LayerGroup(patterns, mixture.weights) for patterns in self._groups)
         return Mixture(mixture.names, mixture.weights, groups)
 
     def _end_round(self, best: Mixture) -> None:
-        score = max((score for score in self._scores.values() if score is not None), default=None)
+        score = max((score for score in self._scores().values() if score is not None), default=None)
         if self._turn and score == self._best_of_round:
             self._step /= 2
         self._best_of_round = score
@@ -89,11 +95,11 @@ class BlockwiseSearch(Search):
             if len(new) == BATCH:
                 break
             moved = center + self._step * (self._basis @ self._rng.standard_normal(len(center) - 1))
-            weights = snap(self.names, project(moved)).weights
+            weights = self.region.snap(self.region.project(moved)).weights
             changed = LayerGroup(best.groups[group].tensors, weights)
             mixture = Mixture(
                 best.names, best.weights, (*best.groups[:group], changed, *best.groups[group + 1 :])
             )
-            if mixture not in self._scores and weights != best.groups[group].weights:
+            if mixture not in self._order and weights != best.groups[group].weights:
                 new[mixture] = None
         return list(new)

@@ -39,14 +39,14 @@ class CmaSearch(Search):
 
     kind = "cma"
 
-    def __init__(self, names: Sequence[str], *, budget: int, seed: int, prior: Mixture | None) -> None:
-        super().__init__(names, budget=budget, seed=seed, prior=prior)
+    def __init__(self, names: Sequence[str], *, budget: int, seed: int, **options: Any) -> None:
+        super().__init__(names, budget=budget, seed=seed, **options)
         self._basis = basis(len(names))
         self._rng = np.random.default_rng(seed)
         self._strategy: Any = None  # cma.CMAEvolutionStrategy, once the start points have been told
         self._generation: list[tuple[np.ndarray, Mixture, float]] = []  # sample, mixture, squared distance
 
-    def _propose(self) -> list[Mixture]:
+    def _propose(self, count: int | None) -> list[Mixture]:
         if self._strategy is None:
             self._strategy = self._open_strategy()
         else:
@@ -59,7 +59,7 @@ class CmaSearch(Search):
                 return []
             self._generation = [self._candidate(sample) for sample in self._strategy.ask()]
             mixtures = dict.fromkeys(mixture for _, mixture, _ in self._generation)
-            if new := [mixture for mixture in mixtures if mixture not in self._scores]:
+            if new := [mixture for mixture in mixtures if mixture not in self._order]:
                 return new
             self._tell_generation()
         self._reasons = {"converged": f"{MAX_REPEATED_GENERATIONS} generations of known mixtures only"}
@@ -109,15 +109,15 @@ class CmaSearch(Search):
         self._strategy.tell([sample for sample, _, _ in self._generation], losses)
 
     def _loss(self, mixture: Mixture) -> float:
-        score = self._scores[mixture]
+        score = self._outcomes[mixture].utility
         if score is not None:
             return -score
-        known = [score for score in self._scores.values() if score is not None]
+        known = [score for score in self._scores().values() if score is not None]
         return self._spread() - min(known, default=0.0)
 
     def _spread(self) -> float:
         """Interquartile range of the scores so far, or their range, or 1: a scale, never zero."""
-        known = [score for score in self._scores.values() if score is not None]
+        known = [score for score in self._scores().values() if score is not None]
         if not known:
             return 1.0
         low, high = np.quantile(known, [0.25, 0.75])

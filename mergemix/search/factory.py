@@ -8,13 +8,16 @@ from mergemix.errors import ConfigError
 from mergemix.mixture import Mixture
 from mergemix.search.base import Search
 from mergemix.search.blockwise import BlockwiseSearch
+from mergemix.search.bo_search import BoSearch
 from mergemix.search.cma_search import CmaSearch
 from mergemix.search.grid_search import GridSearch
+from mergemix.search.hierarchy import HierarchicalSearch
 from mergemix.search.layers import Patterns
 from mergemix.search.random_search import RandomSearch
-from mergemix.search.simplex import start_points
+from mergemix.search.region import Region
+from mergemix.search.tree import Tree
 
-SEARCHES: dict[str, type[Search]] = {search.kind: search for search in (CmaSearch, RandomSearch, GridSearch)}
+SEARCHES: dict[str, type[Search]] = {search.kind: search for search in (CmaSearch, BoSearch, RandomSearch, GridSearch)}
 
 
 def open_search(
@@ -24,12 +27,16 @@ def open_search(
     budget: int,
     seed: int = 0,
     prior: Mixture | None = None,
+    region: Region | None = None,
+    batch: int = 1,
     groups: Sequence[Patterns] = (),
+    tree: Tree | None = None,
 ) -> Search:
     """A fresh search over mixtures of `names`; resume it by telling it the stored scores.
 
-    budget: distinct candidates, start points included. seed: an integer >= 0. groups: layer groups to search
-    after the whole model, with half of the budget.
+    budget: distinct candidates, start points included. seed: an integer >= 0. region: the allowed mixtures, all by
+    default. batch: how many candidates the evaluator answers at once. groups: layer groups to search
+    after the whole model, with half of the budget. tree: of domains, searched cluster by cluster.
     Raises ConfigError on an unknown kind, fewer than two experts, a budget that does not cover the start
     points, a negative seed, or a prior that is not a mixture of `names`.
     """
@@ -37,8 +44,16 @@ def open_search(
         raise ConfigError(f"--search must be one of {', '.join(SEARCHES)}, but is {kind!r}")
     if seed < 0:
         raise ConfigError(f"--seed must be an integer >= 0, but is {seed}")
+    region = region or Region.simplex(names)
+    search = SEARCHES[kind]
+    if tree is not None:
+
+        def open_inner(children: Sequence[str], budget: int, seed: int) -> Search:
+            return search(children, budget=budget, seed=seed, prior=None, batch=batch)
+
+        return HierarchicalSearch(tree, open_inner, names, budget=budget, seed=seed, prior=prior, region=region)
     if not groups:
-        return SEARCHES[kind](names, budget=budget, seed=seed, prior=prior)
-    half = max(budget // 2, min(budget, len(start_points(names, prior))))
-    inner = SEARCHES[kind](names, budget=half, seed=seed, prior=prior)
+        return search(names, budget=budget, seed=seed, prior=prior, region=region, batch=batch)
+    half = max(budget // 2, min(budget, len(region.start_points(prior))))
+    inner = search(names, budget=half, seed=seed, prior=prior, region=region, batch=batch)
     return BlockwiseSearch(inner, groups, budget=budget, seed=seed)

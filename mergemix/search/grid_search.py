@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import comb
+from typing import Any
 
 from mergemix.mixture import Mixture
 from mergemix.search.base import Search
@@ -19,8 +20,8 @@ class GridSearch(Search):
 
     kind = "grid"
 
-    def __init__(self, names: Sequence[str], *, budget: int, seed: int, prior: Mixture | None) -> None:
-        super().__init__(names, budget=budget, seed=seed, prior=prior)
+    def __init__(self, names: Sequence[str], *, budget: int, **options: Any) -> None:
+        super().__init__(names, budget=budget, **options)
         self.steps, self._lattice = self._finest_lattice()
         self.identity["grid_steps"] = self.steps
 
@@ -37,8 +38,8 @@ class GridSearch(Search):
                 return smaller, rest
         raise AssertionError("the vertices are start points, and the budget covers those")
 
-    def _propose(self) -> list[Mixture]:
-        new = [point for point in self._lattice if point not in self._scores]
+    def _propose(self, count: int | None) -> list[Mixture]:
+        new = [point for point in self._lattice if point not in self._order]
         if not new:
             self._reasons = {"grid": f"all points of the lattice with step 1/{self.steps} evaluated"}
         return new

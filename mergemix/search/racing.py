@@ -52,13 +52,15 @@ class Look(NamedTuple):
 
     stop: the candidate is clearly worse than the best incumbent. estimate: of its utility on all items, with its
     standard_error over the items not yet asked: 0 after the last block. upper: the limit that was compared with the
-    best incumbent's utility; the estimate itself after the last block.
+    best incumbent's utility; the estimate itself after the last block. benchmarks: the same (estimate, standard error)
+    of each benchmark's mean score, of those that count.
     """
 
     stop: bool
     estimate: float
     standard_error: float
     upper: float
+    benchmarks: dict[str, tuple[float, float]]
 
 
 class Race:
@@ -91,12 +93,9 @@ class Race:
         for name in utility.weights:
             scores = np.stack([np.asarray(items[name], dtype=np.float64) for items in incumbents])
             self._predicted[name], self._spread[name] = _predict(scores)
-        predicted = {name: _known(values) for name, values in self._predicted.items()}
-        self._base = utility(predicted)
-        self._shares = [
-            utility.weights[s.benchmark] * len(s.items) / len(self._predicted[s.benchmark])
-            for s in self._strata
-        ]
+        self._utility = utility
+        self._means = {name: _mean(_known(values)) for name, values in self._predicted.items()}
+        self._shares = [len(s.items) / len(self._predicted[s.benchmark]) for s in self._strata]
         self._critical = _critical_values(self._information(), alpha)
 
     def look(self, block: int, scores: ItemScores) -> Look:
@@ -104,26 +103,31 @@ class Race:
 
         Items that the candidate or all incumbents failed on (errors) are left out of the comparison.
         """
-        estimate, variance, squared = self._base, 0.0, 0.0
+        means, variances = dict(self._means), dict.fromkeys(self._means, 0.0)
+        squared = 0.0
         for stratum, share in zip(self._strata, self._shares, strict=True):
             name, asked = stratum.benchmark, stratum.items[: stratum.asked[block]]
             differences = _known(np.asarray(scores[name])[asked] - self._predicted[name][asked])
-            estimate += share * _mean(differences)
+            means[name] += share * _mean(differences)
             term = share**2 * _variance(differences, len(stratum.items) - len(asked), self._spread[name])
-            variance += term
-            squared += term**2 / (len(differences) - 1 + PRIOR_ITEMS)
+            variances[name] += term
+            squared += (self._utility.weights[name] ** 2 * term) ** 2 / (len(differences) - 1 + PRIOR_ITEMS)
+        estimate = self._utility(means)
+        variance = math.fsum(weight**2 * variances[name] for name, weight in self._utility.weights.items())
+        benchmarks = {name: (means[name], math.sqrt(variances[name])) for name in means}
         if block == self._last or variance == 0:
-            return Look(False, estimate, math.sqrt(variance), estimate)
+            return Look(False, estimate, math.sqrt(variance), estimate, benchmarks)
         quantile = t_quantile(1 - self._critical[block], variance**2 / squared)
         upper = estimate + quantile * math.sqrt(variance)
-        return Look(upper < self.best, estimate, math.sqrt(variance), upper)
+        return Look(upper < self.best, estimate, math.sqrt(variance), upper, benchmarks)
 
     def _information(self) -> tuple[float, ...]:
         """1 / variance that is planned for the estimates of all looks, up to a common factor."""
         found = []
         for block in range(self._last):
             terms = [
-                (share * stratum.deviation) ** 2 * (1 / stratum.asked[block] - 1 / len(stratum.items))
+                (self._utility.weights[stratum.benchmark] * share * stratum.deviation) ** 2
+                * (1 / stratum.asked[block] - 1 / len(stratum.items))
                 for stratum, share in zip(self._strata, self._shares, strict=True)
             ]
             found.append(1 / math.fsum(terms))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,12 +20,12 @@ class RandomSearch(Search):
 
     kind = "random"
 
-    def __init__(self, names: Sequence[str], *, budget: int, seed: int, prior: Mixture | None) -> None:
-        super().__init__(names, budget=budget, seed=seed, prior=prior)
+    def __init__(self, names: Sequence[str], *, budget: int, seed: int, **options: Any) -> None:
+        super().__init__(names, budget=budget, seed=seed, **options)
         self._rng = np.random.default_rng(seed)
 
-    def _propose(self) -> list[Mixture]:
-        known = set(self._scores)
+    def _propose(self, count: int | None) -> list[Mixture]:
+        known = set(self._order)
         new: list[Mixture] = []
         repeats = 0
         while len(known) < self.budget and repeats < MAX_REPEATS:

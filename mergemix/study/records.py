@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -47,10 +47,14 @@ class ItemRecord:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The utility of a candidate that was stopped early, from the items it answered. stderr: its standard error."""
+    """What a candidate that was stopped early would have scored on all items, from those it answered.
+
+    stderr: standard error of its utility. benchmarks: (mean score, its standard error) of those that count.
+    """
 
     utility: float
     stderr: float
+    benchmarks: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

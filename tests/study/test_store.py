@@ -112,7 +112,7 @@ def test_an_item_without_a_score_keeps_its_reason_and_is_no_zero(tmp_path):
 def test_a_stopped_candidate_has_an_estimate_and_no_means(tmp_path):
     with open_study(tmp_path) as study:
         record(study, 1)
-        stopped = ("worse than candidate 1 after 1 of 6 items", Estimate(0.25, 0.05))
+        stopped = ("worse than candidate 1 after 1 of 6 items", Estimate(0.25, 0.05, {"math": [0.5, 0.1]}))
         given_back = study.record(
             mixture(2), origin="cma", results=answers(2)[3:4], timings={}, stopped=stopped
         )

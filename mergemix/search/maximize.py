@@ -1,0 +1,203 @@
+"""The best mixture of a region under a cheap objective, such as the utility of a surrogate's predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from mergemix.mixture import Mixture
+from mergemix.search import kl
+from mergemix.search.designs import vertices
+from mergemix.search.hit_and_run import reach
+from mergemix.search.region import Region
+from mergemix.search.simplex import UNITS
+from mergemix.search.slsqp import minimize_inside
+
+Objective = Callable[[np.ndarray], np.ndarray]  # shares (n, K) -> utility (n,), higher is better
+
+SAMPLES = 1500
+VERTICES = 200
+CLIMBERS = 6  # points that are refined together
+LONGEST, SHORTEST = 0.25, 0.25 / UNITS  # steps of the exchanges, in shares
+ROUNDS = 80
+WANDERING = 24  # random directions per climber and round: for ridges that no exchange of two domains follows
+DIFFERENCE = 1e-5  # shares, for gradients
+POLISHING = 60  # steps of the gradient method
+POLISHED = 2  # of the climbers, by a gradient method
+
+
+def maximize(
+    objective: Objective, region: Region, rng: np.random.Generator, *, starts: np.ndarray | None = None
+) -> np.ndarray:
+    """The shares (K,) in the region with the highest objective that was found, to about a quarter of a unit.
+
+    A uniform sample, the vertices, the start points and `starts` (s, K); then the best of these climb by exchanges
+    between two domains, and along random directions, in shrinking steps, all climbers in one call of the objective;
+    then a gradient method (SLSQP), which smooth objectives need for their last digits. What the objective gives as NaN
+    counts as -inf. Same rng state, same result.
+    """
+    points = _candidates(region, rng, starts)
+    climbers, values = _climb(objective, region, rng, *_best_apart(points, _evaluate(objective, points)))
+    order = np.argsort(-values, kind="stable")
+    best, best_value = climbers[order[0]], values[order[0]]
+    for start in climbers[order[:POLISHED]]:
+        polished = _polish(objective, region, start)
+        value = _evaluate(objective, polished[None])[0]
+        if value > best_value:
+            best, best_value = polished, value
+    return best
+
+
+def top(
+    objective: Objective, region: Region, rng: np.random.Generator, count: int, *, apart: float
+) -> list[Mixture]:
+    """Up to `count` good mixtures, best first: each the best that is at least `apart` from those before it.
+
+    apart: half the sum of absolute differences of shares, 0 to 1. Fewer where no mixture is so far away.
+    """
+    found = [region.snap(maximize(objective, region, rng))]
+    points = _candidates(region, rng, None)
+    values = _evaluate(objective, points)
+    while len(found) < count:
+        chosen = np.array([mixture.weights for mixture in found])
+
+        def far(shares: np.ndarray, chosen: np.ndarray = chosen) -> np.ndarray:
+            return np.abs(shares[:, None] - chosen).sum(axis=2).min(axis=1) / 2
+
+        def masked(shares: np.ndarray, far: Callable[[np.ndarray], np.ndarray] = far) -> np.ndarray:
+            # A unit more per domain than asked for: rounding must not bring it too near.
+            return np.where(far(shares) >= apart + len(region.names) / UNITS / 2, objective(shares), -np.inf)
+
+        allowed = np.where(np.isfinite(masked(points)), values, -np.inf)
+        climbers, reached = _climb(masked, region, rng, *_best_apart(points, allowed))
+        for index in np.argsort(-reached, kind="stable"):
+            mixture = region.snap(climbers[index])
+            if (
+                np.isfinite(reached[index])
+                and far(np.array([mixture.weights]))[0] >= max(apart, 0.5 / UNITS) - 1e-12
+            ):
+                found.append(mixture)
+                break
+        else:
+            break
+    return found
+
+
+def _candidates(region: Region, rng: np.random.Generator, starts: np.ndarray | None) -> np.ndarray:
+    """Points of the region (n, K): many inside, and the corners and faces, which a sample never meets."""
+    corners = np.array(
+        [
+            mixture.weights
+            for mixture in vertices(region, VERTICES // 3 if region.polytope.rows.size else VERTICES)
+        ]
+    )
+    inside = region.sample(SAMPLES, rng)
+    # From corners towards other corners: points on edges and faces.
+    pairs = rng.integers(len(corners), size=(2, VERTICES))
+    way = rng.random((VERTICES, 1))
+    edges = way * corners[pairs[0]] + (1 - way) * corners[pairs[1]]
+    first = np.array([mixture.weights for mixture in region.start_points()])
+    given = np.empty((0, len(region.names)))
+    if starts is not None and len(starts):
+        given = np.array([region.project(shares) for shares in np.asarray(starts, dtype=np.float64)])
+    return np.vstack([given, first, corners, edges, inside])
+
+
+def _evaluate(objective: Objective, points: np.ndarray) -> np.ndarray:
+    values = np.asarray(objective(points), dtype=np.float64)
+    return np.where(np.isnan(values), -np.inf, values)
+
+
+def _best_apart(points: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Good points (CLIMBERS at most) that are not all on one hill, and their values."""
+    chosen: list[int] = []
+    spread = np.abs(points - points.mean(axis=0)).sum(axis=1).mean() / 2
+    for index in np.argsort(-values, kind="stable"):
+        distances = [np.abs(points[index] - points[other]).sum() / 2 for other in chosen]
+        if min(distances, default=np.inf) >= 0.3 * spread:
+            chosen.append(int(index))
+        if len(chosen) == CLIMBERS:
+            break
+    return points[chosen], values[chosen]
+
+
+def _climb(
+    objective: Objective, region: Region, rng: np.random.Generator, points: np.ndarray, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each of points (c, K) moved uphill until steps of SHORTEST no longer help; and their values (c,)."""
+    points, values = points.copy(), values.copy()
+    steps = np.full(len(points), LONGEST)
+    last = np.zeros_like(points)  # each climber's last move, tried again: ridges are followed
+    for _ in range(ROUNDS):
+        moving = np.flatnonzero(steps >= SHORTEST)
+        if not len(moving):
+            break
+        trials = _trials(region, rng, points[moving], steps[moving], last[moving])
+        count, width, k = trials.shape
+        found = _evaluate(objective, trials.reshape(-1, k)).reshape(count, width)
+        best = found.argmax(axis=1)
+        better = found[np.arange(count), best] > values[moving]
+        up, stay = moving[better], moving[~better]
+        target = trials[np.flatnonzero(better), best[better]]
+        last[up] = target - points[up]
+        points[up], values[up] = target, found[np.flatnonzero(better), best[better]]
+        steps[stay] /= 3
+        last[stay] = 0.0
+    return points, values
+
+
+def _trials(
+    region: Region, rng: np.random.Generator, points: np.ndarray, steps: np.ndarray, last: np.ndarray
+) -> np.ndarray:
+    """Where to look around points (c, K): (c, n, K), all inside the region.
+
+    Exchanges of a step and all the way to the boundary, random directions, and the last move again.
+    """
+    count, k = points.shape
+    eye = np.eye(k)
+    keep = region.polytope.hull @ region.polytope.hull.T  # onto the directions that keep what must be kept
+    exchanges = (eye[:, None] - eye[None])[~np.eye(k, dtype=bool)]  # (k (k - 1), K), length irrelevant
+    random = rng.standard_normal((count, WANDERING, k)) @ keep
+    random /= np.maximum(np.abs(random).sum(axis=2, keepdims=True) / 2, 1e-300)
+    fixed = np.broadcast_to(exchanges @ keep, (count, *exchanges.shape))
+    ways = np.concatenate([fixed, random], axis=1)
+    length = np.broadcast_to(steps[:, None], ways.shape[:2])
+    whole = np.full((count, k * (k - 1)), np.inf)
+    ways = np.concatenate([ways, fixed, last[:, None], last[:, None]], axis=1)
+    length = np.concatenate([length, whole, np.ones((count, 1)), np.full((count, 1), 3.0)], axis=1)
+    flat = ways.reshape(-1, k)
+    origins = np.repeat(points, ways.shape[1], axis=0)
+    forth = reach(region.polytope, origins, flat)[1]
+    moved = origins + np.minimum(length.reshape(-1), forth)[:, None] * flat
+    return _inside(region, moved).reshape(ways.shape)
+
+
+def _inside(region: Region, points: np.ndarray) -> np.ndarray:
+    """Points (n, K) that satisfy the linear constraints but for rounding, drawn into the region."""
+    points = np.clip(points, region.polytope.lower / UNITS, region.polytope.upper / UNITS)
+    limit = region.kl_limit
+    return points if limit is None else kl.draw_inside(np.array(region.prior), limit, region.center, points)
+
+
+def _polish(objective: Objective, region: Region, start: np.ndarray) -> np.ndarray:
+    """The end of a gradient ascent (SLSQP) from `start`, drawn into the region; gradients by differences."""
+    nudges = DIFFERENCE * np.vstack([np.eye(len(start)), -np.eye(len(start))])
+    scale = float(np.ptp(_finite(objective(start + nudges)))) or 1.0
+
+    def value(point: np.ndarray) -> float:
+        return -float(_finite(objective(point[None]))[0]) / scale
+
+    def slope(point: np.ndarray) -> np.ndarray:
+        above, below = np.split(_finite(objective(np.maximum(point + nudges, 0.0))), 2)
+        return (below - above) / (2 * DIFFERENCE * scale)
+
+    more = []
+    if region.kl_limit is not None:
+        more.append(kl.ball(np.array(region.prior), region.kl_limit))
+    found = minimize_inside(region.polytope, value, slope, start, more=more, steps=POLISHING)
+    return start if found is None else region.project(found)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(np.asarray(values, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,0 +1,128 @@
+"""The simplest surrogates, a constant and a plane, and the ridge regression that other ones use on features of theirs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mergemix.search.surrogates.base import Prediction, Surrogate
+
+# Of the penalty, in units of the mean square of a feature times the number of points.
+PENALTIES = 10.0 ** np.arange(-5.0, 1.6, 0.5)
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """Ridge regression with an intercept that is not penalised; the penalty is the best of PENALTIES left-one-out.
+
+    loo: (n,), each target predicted from the others. sd, freedom: of the residuals, from `loo`. Errors of unequal
+    variance weigh by its inverse.
+    """
+
+    coefficients: np.ndarray
+    intercept: float
+    means: np.ndarray
+    covariance: np.ndarray
+    sd: float
+    noise_sd: float
+    freedom: float
+    loo: np.ndarray
+
+    @classmethod
+    def fit(cls, features: np.ndarray, targets: np.ndarray, noise_var: np.ndarray | None = None) -> Ridge:
+        """features: (n, d). targets: (n,). noise_var: (n,), known variance of the targets' errors."""
+        n = len(targets)
+        weights = np.ones(n) if noise_var is None else _weights(targets, noise_var)
+        weights = weights / weights.mean()
+        means, centre = np.average(features, axis=0, weights=weights), np.average(targets, weights=weights)
+        root = np.sqrt(weights)
+        design, goal = (features - means) * root[:, None], (targets - centre) * root
+        left, singular, right = np.linalg.svd(design, full_matrices=False)
+        unit = (singular**2).sum() / max(len(singular), 1)
+        best: tuple[float, float, np.ndarray, np.ndarray] | None = None
+        for penalty in PENALTIES * max(unit, 1e-12):
+            kept = singular**2 / (singular**2 + penalty)
+            # The intercept is a column as well: of the weighted ones, orthogonal to the design.
+            leverage = (left**2 * kept).sum(axis=1) + weights / n
+            fitted = left @ (kept * (left.T @ goal))
+            left_out = (goal - fitted) / np.maximum(1 - leverage, 1e-6)
+            error = float(np.mean(left_out**2))
+            if best is None or error < best[0]:
+                best = (error, float(penalty), left_out, kept)
+        assert best is not None
+        error, penalty, left_out, kept = best
+        coefficients = right.T @ (singular / (singular**2 + penalty) * (left.T @ goal))
+        freedom = max(n - 1 - float(kept.sum()), 1.0)
+        residual = goal - design @ coefficients
+        within = float(residual @ residual) / freedom
+        covariance = (right.T * (1 / (singular**2 + penalty))) @ right
+        return cls(
+            coefficients, float(centre), means, covariance, float(np.sqrt(error)), float(np.sqrt(min(within, error))),
+            float(max(n - 1 - min(kept.sum(), n / 2), 1.0)), targets - left_out / root,
+        )  # fmt: skip
+
+    def predict(self, features: np.ndarray) -> Prediction:
+        """The spread of a new measurement is that of the targets left out, more where the features are unusual."""
+        off = features - self.means
+        mean = self.intercept + off @ self.coefficients
+        unusual = np.einsum("md,de,me->m", off, self.covariance, off) + 1 / len(self.loo)
+        sd = self.noise_sd * np.sqrt(unusual)
+        missing = max(self.sd**2 - self.noise_sd**2, 0.0)
+        return Prediction(mean, np.sqrt(sd**2 + missing / 2), np.full(len(mean), self.noise_sd), self.freedom)
+
+
+def _weights(targets: np.ndarray, noise_var: np.ndarray) -> np.ndarray:
+    """Inverse variances, where the model's own error counts as a tenth of the targets' variance beside the noise."""
+    return 1 / (noise_var + 0.1 * max(float(targets.var()), 1e-300))
+
+
+class Constant(Surrogate):
+    """The mean of the scores, everywhere."""
+
+    name = "constant"
+
+    def needs(self, k: int) -> int:
+        return 1
+
+    @property
+    def title(self) -> str:
+        return "the mean of the scores"
+
+    def _simpler(self, n: int, k: int, scores: np.ndarray) -> None:
+        return None
+
+    def _fit(self, shares: np.ndarray, scores: np.ndarray, noise_var: np.ndarray | None, seed: int) -> None:
+        n = len(scores)
+        self._mean = float(scores.mean())
+        spread = float(scores.std(ddof=1)) if n > 1 else 0.0
+        measured = 0.0 if noise_var is None else float(np.sqrt(noise_var.mean()))
+        # A single score says nothing of its spread: only the noise of measurement is left, if that is known.
+        self._noise_sd = max(spread, measured)
+        self._sd = self._noise_sd / np.sqrt(n)
+        self._freedom = float(max(n - 1, 1))
+        self.loo = scores if n == 1 else (n * self._mean - scores) / (n - 1)
+
+    def _predict(self, shares: np.ndarray) -> Prediction:
+        ones = np.ones(len(shares))
+        return Prediction(self._mean * ones, self._sd * ones, self._noise_sd * ones, self._freedom)
+
+
+class LinearRidge(Surrogate):
+    """A plane over the shares."""
+
+    name = "linear"
+
+    def needs(self, k: int) -> int:
+        return 4
+
+    @property
+    def title(self) -> str:
+        return "a plane (ridge regression on the shares)"
+
+    def _fit(self, shares: np.ndarray, scores: np.ndarray, noise_var: np.ndarray | None, seed: int) -> None:
+        self._ridge = Ridge.fit(shares, scores, noise_var)
+        self.loo = self._ridge.loo
+
+    def _predict(self, shares: np.ndarray) -> Prediction:
+        return self._ridge.predict(shares)

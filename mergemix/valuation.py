@@ -1,0 +1,112 @@
+"""What the scores of a study's candidates are worth: capabilities, utility, and how far they can be trusted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mergemix.evals.estimate import estimate, reference_scores
+from mergemix.evals.stats import ItemScores
+from mergemix.evals.utility import CapabilityUtility, Utility, make_utility
+from mergemix.evals.utility_spec import Objective, capability_objective, parse_utility
+from mergemix.search import Outcome
+from mergemix.study import CandidateRecord
+
+
+@dataclass(frozen=True)
+class Valuation:
+    """How candidates of one study are valued.
+
+    utility: of a candidate's benchmark means or item scores. capabilities: by name, that of each one alone: the mean of
+    its benchmarks' normalised scores. objective: the utility as a function of those. reference: mean score of each
+    item over the baselines, which tells hard items from easy ones.
+    """
+
+    utility: Utility | CapabilityUtility
+    capabilities: Mapping[str, Utility]
+    objective: Objective
+    reference: ItemScores
+
+    def outcome(self, record: CandidateRecord, items: ItemScores) -> Outcome:
+        """A candidate as searches and surrogates are told it. items: NaN where it has no score."""
+        if record.status == "failed":
+            return Outcome(None)
+        scores = {}
+        for name, each in self.capabilities.items():
+            found = (
+                _stopped(each, record, items) if record.estimate else estimate(each, items, self.reference)
+            )
+            if found is not None:
+                scores[name] = found
+        utility = record.estimate.utility if record.estimate else self.utility(record.scores)
+        complete = len(scores) == len(self.capabilities)
+        return Outcome(
+            utility,
+            propagate(self.objective, scores) if complete else 0.0,
+            scores if complete else {},
+            partial=record.estimate is not None,
+        )
+
+
+def value_study(
+    capabilities: Mapping[str, Sequence[str]],
+    directions: Mapping[str, int],
+    spec: str,
+    normalize: str,
+    references: Mapping[str, tuple[CandidateRecord, ItemScores]],
+) -> Valuation:
+    """The valuation that `--utility spec --normalize normalize` means.
+
+    capabilities: names of the benchmarks of each. directions: 1 or -1 by benchmark. references: the baselines that were
+    evaluated, by name (uniform, base, experts), with their item scores. Raises ConfigError where the utility or the
+    normalisation need one that is missing.
+    """
+    scores = {name: record.scores for name, (record, _) in references.items()}
+    named = {"uniform": scores.pop("uniform", None), "base": scores.pop("base", None)}
+
+    def make(what: str) -> Utility | CapabilityUtility:
+        return make_utility(capabilities, what, normalize, directions=directions, experts=scores, **named)
+
+    alone = {name: make(f'"{name}"') for name in parse_utility(spec, list(capabilities)).capabilities}
+    linear = {name: each for name, each in alone.items() if isinstance(each, Utility)}
+    levels = {
+        name: {capability: each(record.scores) for capability, each in linear.items()}
+        for name, (record, _) in references.items()
+    }
+    objective = capability_objective(spec, list(capabilities), levels)
+    reference = reference_scores([items for _, items in references.values()])
+    return Valuation(make(spec), linear, objective, reference)
+
+
+def propagate(objective: Objective, scores: Mapping[str, tuple[float, float]]) -> float:
+    """Standard error of the utility from those of capability scores, by the slope of the objective over them."""
+    variance = 0.0
+    for name, (_, error) in scores.items():
+        at = {other: np.array([value, value]) for other, (value, _) in scores.items()}
+        at[name] = at[name] + np.array([error, -error])
+        up, down = objective(at).tolist()
+        if math.isfinite(up) and math.isfinite(down):
+            variance += ((up - down) / 2) ** 2
+    return math.sqrt(variance)
+
+
+def _stopped(each: Utility, record: CandidateRecord, items: ItemScores) -> tuple[float, float] | None:
+    """(score, standard error) of a capability of a candidate that was stopped early; None where it is not known.
+
+    The error is of the estimate for all items, and of all items as a sample, whose spread those that were asked show.
+    """
+    assert record.estimate is not None, "a stopped candidate has an estimate"
+    found = record.estimate.benchmarks
+    if any(name not in found for name in each.weights):
+        return None
+    value, variance = each.offset, 0.0
+    for name, weight in each.weights.items():
+        mean, error = found[name]
+        known = items[name][np.isfinite(items[name])]
+        spread = float(known.var()) / len(items[name]) if len(known) else 0.0
+        value += weight * mean
+        variance += weight**2 * (error**2 + spread)
+    return value, math.sqrt(variance)
