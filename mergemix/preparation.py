@@ -23,6 +23,7 @@ from mergemix.search.constraints import Constraints
 from mergemix.serve.engine import EngineSpec
 from mergemix.study import CandidateRecord, Study
 from mergemix.valuation import Valuation, value_study
+from mergemix.warm_start import WarmStart, load_warm_start
 
 
 def load_suites(config: RunConfig, family: Family, kind: Literal["vllm", "hf"]) -> tuple[Suite, Suite | None]:
@@ -83,6 +84,17 @@ def make_search(config: RunConfig, family: Family, baselines: Collection[Mixture
         tree=load_tree(Path(config.hierarchy), family.names) if config.hierarchy else None,
         interval=config.interval,
     )
+
+
+def load_warm_starts(config: RunConfig, family: Family, identity: dict[str, Any]) -> list[WarmStart]:
+    """Evidence of earlier studies, in the order given; what it is becomes part of `identity`."""
+    found = [
+        load_warm_start(Path(each), family.names, identity, config.utility, config.normalize)
+        for each in config.warm_start
+    ]
+    if found:
+        identity["warm_start"] = [each.digest() for each in found]
+    return found
 
 
 def constraints_of(config: RunConfig) -> Constraints:

@@ -17,6 +17,7 @@ from mergemix.preparation import (
     engine_spec,
     first_load,
     load_suites,
+    load_warm_starts,
     make_search,
     open_holdout,
     valuation_of,
@@ -46,6 +47,7 @@ def run(config: RunConfig, observer: Observer | None = None) -> dict[str, Any]:
     search = make_search(config, family, baselines.values())
     spec = engine_spec(config, family, kind)
     identity, info = identify(config, family, suite, search, kind), provenance(config, family, suite)
+    warm_starts = load_warm_starts(config, family, identity)
 
     with (
         Study.open(config.study, identity, info) as study,
@@ -62,6 +64,8 @@ def run(config: RunConfig, observer: Observer | None = None) -> dict[str, Any]:
         observer.stage("searching")
         search.objective = evidence.valuation.objective
         search.learn(evidence.outcomes(references), same=True)
+        for earlier in warm_starts:
+            search.learn(earlier.outcomes(evidence.valuation), same=earlier.same)
         if config.race:
             evidence.race(config.seed)
         while not (stopped := search.stop() or evidence.stop()):

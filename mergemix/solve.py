@@ -4,43 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mergemix.errors import ConfigError, StudyError
+from mergemix.errors import ConfigError
 from mergemix.evals import stats
 from mergemix.evals.files import nearest
 from mergemix.evals.utility import AnyUtility, preference
-from mergemix.evals.utility_spec import parse_utility
-from mergemix.mixture import Mixture
-from mergemix.search.base import Outcome
 from mergemix.search.constraints import Constraints
 from mergemix.search.decision import Decision, decide
 from mergemix.search.pareto import observed_front, predicted_front
 from mergemix.search.region import Region
-from mergemix.study import CandidateRecord, Study
-from mergemix.valuation import Valuation, value_study
+from mergemix.stored import Candidate, StoredEvidence, read_evidence
+from mergemix.valuation import Valuation
 
 # Normal quantile of a two-sided 90% interval: a measured mixture leaves the Pareto set when it is beaten so clearly.
 MARGIN = 1.645
-
-ItemScores = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One evaluated mixture: its item scores by benchmark (NaN: none) and what it is worth now."""
-
-    record: CandidateRecord
-    items: ItemScores
-    outcome: Outcome
-
-    @property
-    def mixture(self) -> Mixture:
-        return self.record.mixture
 
 
 def solve(
@@ -68,36 +50,21 @@ def solve(
     Raises StudyError when there is no such study or it does not say what its benchmarks are; ConfigError for a utility,
     constraints or domains that do not fit it.
     """
-    with Study.read(directory) as study:
-        identity, suite = study.identity, _suite(study)
-        records = [record for record in study.candidates() if record.status != "failed"]
-        items = _item_scores(study, list(suite), records)
-    names = tuple(identity["experts"])
-    spec, normalize = utility or identity["utility"], normalize or identity["normalize"]
-    constraints = constraints or constraints_of(identity.get("constraints", {}))
+    evidence = read_evidence(directory, utility=utility, normalize=normalize)
+    names, valuation, candidates = evidence.names, evidence.valuation, evidence.candidates
+    constraints = constraints or constraints_of(evidence.identity.get("constraints", {}))
     region = _without(constraints, names, drop).region(names)
-    valuation = _valuation(suite, spec, normalize, records, items)
-    candidates = [
-        Candidate(record, items[record.id], valuation.outcome(record, items[record.id]))
-        for record in records
-        if record.repeat == 0 and any(record.mixture.weights) and not record.mixture.groups
-    ]
-    if not candidates:
-        raise StudyError(
-            f"a decision needs a mixture that was evaluated, but {directory} has none: run it first"
-        )
-    measured = [(each.mixture, each.outcome) for each in candidates]
-    decision = decide(names, measured, valuation.objective, region, seed)
+    decision = decide(names, evidence.outcomes(), valuation.objective, region, seed)
     allowed = [
         each
         for each in candidates
         if each.record.done and each.outcome.utility is not None and region.contains(each.mixture)
     ]
-    noise = _noise(valuation.utility, records, items)
+    noise = _noise(evidence)
     return {
         "study": str(directory),
-        "utility": spec,
-        "normalize": normalize,
+        "utility": evidence.utility,
+        "normalize": evidence.normalize,
         "domains": list(names),
         "dropped": list(drop),
         "constraints": [bound.text for bound in region.bounds],
@@ -149,76 +116,9 @@ def _without(constraints: Constraints, names: Sequence[str], drop: Sequence[str]
     return replace(constraints, pin={**constraints.pin, **dict.fromkeys(drop, 0.0)})
 
 
-def _suite(study: Study) -> dict[str, dict[str, Any]]:
-    """By benchmark what the study says of it. Raises StudyError when it was written before it did."""
-    suite: dict[str, dict[str, Any]] | None = study.info.get("suite")
-    if suite is None:
-        raise StudyError(
-            f"a study must say which capability its benchmarks measure, but {study.directory} was written by a version "
-            "that did not: run the same `mergemix run` command once more, which adds it and evaluates nothing again"
-        )
-    return suite
-
-
-def _item_scores(
-    study: Study, benchmarks: Sequence[str], records: Sequence[CandidateRecord]
-) -> dict[int, dict[str, np.ndarray]]:
-    """By candidate and benchmark the scores of all items, in the same order for all; NaN: none."""
-    found: dict[int, dict[str, np.ndarray]] = {record.id: {} for record in records}
-    for name in benchmarks:
-        _, matrix = study.score_matrix(name, list(found))
-        for own, row in zip(found.values(), matrix, strict=True):
-            own[name] = row
-    return found
-
-
-def _valuation(
-    suite: Mapping[str, Mapping[str, Any]],
-    spec: str,
-    normalize: str,
-    records: Sequence[CandidateRecord],
-    items: Mapping[int, ItemScores],
-) -> Valuation:
-    capabilities: dict[str, list[str]] = {}
-    for name in sorted(suite):
-        capabilities.setdefault(suite[name]["capability"], []).append(name)
-    directions = {name: 1 if about["higher_is_better"] else -1 for name, about in suite.items()}
-    baselines = {
-        baseline: (record, items[record.id])
-        for record in records
-        if record.done and record.repeat == 0 and (baseline := _baseline(record.mixture)) is not None
-    }
-    parse_utility(spec, list(capabilities), list(baselines))
-    if not baselines:
-        raise StudyError(
-            "a decision needs the baselines of a study, but none of them was evaluated: run it first"
-        )
-    return value_study(capabilities, directions, spec, normalize, baselines)
-
-
-def _baseline(mixture: Mixture) -> str | None:
-    """uniform, base or the name of an expert; None for other mixtures."""
-    if mixture.groups:
-        return None
-    if mixture == Mixture.uniform(mixture.names):
-        return "uniform"
-    if not any(mixture.weights):
-        return "base"
-    name = mixture.names[int(np.argmax(mixture.weights))]
-    return name if mixture == Mixture.one_hot(mixture.names, name) else None
-
-
-def _noise(
-    utility: AnyUtility, records: Sequence[CandidateRecord], items: Mapping[int, ItemScores]
-) -> float | None:
+def _noise(evidence: StoredEvidence) -> float | None:
     """What two evaluations of one mixture differ by at most, with 95%; None where none was evaluated twice."""
-    first = {record.mixture: record for record in records if record.repeat == 0 and record.done}
-    pairs = [
-        (items[first[again.mixture].id], items[again.id])
-        for again in records
-        if again.repeat and again.done and again.mixture in first
-    ]
-    noise = stats.engine_noise(utility, pairs)
+    noise = stats.engine_noise(evidence.valuation.utility, evidence.repeats())
     return None if noise is None else noise.floor()
 
 

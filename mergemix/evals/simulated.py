@@ -63,8 +63,8 @@ def interval(
             own[name] = row
     with np.errstate(invalid="ignore"):
         values = _contrast([utility.of_means(means) for means in drawn])
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
+        tail = (1 - confidence) / 2
+        low, high = np.quantile(values, [tail, 1 - tail])
     reach = float(max(high - estimate, estimate - low))
     if not math.isfinite(reach):
         return Limits(float(estimate), -math.inf, math.inf)
@@ -90,20 +90,23 @@ def _contrast(values: Sequence[float | np.ndarray]) -> float | np.ndarray:
 
 
 def _t_means(scores: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Means that are credible given scores of shape (candidates, items): (candidates, resamples)."""
-    count, num = scores.shape
-    centred = scores - scores.mean(axis=1, keepdims=True)
+    """Means that are credible given scores of shape (candidates, items), of one or two: (candidates, resamples).
+
+    Of two, the second is drawn as the first less the difference, so that copies have the same means to the last bit.
+    """
+    num = scores.shape[1]
+    parts = np.stack([scores[0], *(scores[0] - other for other in scores[1:])])
+    centred = parts - parts.mean(axis=1, keepdims=True)
     covariance = centred @ centred.T / (num - 1) / num
-    # By hand, because of at most two candidates one may be a copy of the other: then it is singular.
-    factor = np.zeros((count, count))
-    factor[0, 0] = math.sqrt(covariance[0, 0])
-    if count == 2:
-        factor[1, 0] = covariance[1, 0] / factor[0, 0] if factor[0, 0] else 0.0
+    factor = np.sqrt(np.diag(np.diag(covariance)))
+    if len(parts) == 2 and factor[0, 0]:
+        factor[1, 0] = covariance[1, 0] / factor[0, 0]
         factor[1, 1] = math.sqrt(max(covariance[1, 1] - factor[1, 0] ** 2, 0.0))
-    normal = factor @ rng.standard_normal((count, resamples))
-    return scores.mean(axis=1, keepdims=True) + normal / np.sqrt(
+    normal = factor @ rng.standard_normal((len(parts), resamples))
+    drawn = parts.mean(axis=1, keepdims=True) + normal / np.sqrt(
         rng.chisquare(num - 1, resamples) / (num - 1)
     )
+    return np.stack([drawn[0], *(drawn[0] - difference for difference in drawn[1:])])
 
 
 def _resampled(scores: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:

@@ -16,6 +16,8 @@ from mergemix.search.region import Region
 # The utility of n candidates, float64 (n,), from their normalised scores by capability, (n,) each.
 Objective = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
+EARLY = 3  # mixtures that were the best on another surface, proposed after the start points
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -38,6 +40,15 @@ class Outcome:
         if outcome.utility is not None and not math.isfinite(outcome.utility):
             return replace(outcome, utility=None)
         return outcome
+
+
+def check_experts(names: Sequence[str]) -> None:
+    """Raise ConfigError unless there is something to mix."""
+    if len(names) < 2:
+        raise ConfigError(
+            f"a search needs at least two experts to mix, but got {len(names)} ({', '.join(names)}): "
+            "add another --experts NAME=PATH"
+        )
 
 
 class Search(ABC):
@@ -76,11 +87,7 @@ class Search(ABC):
         region: Region | None = None,
         batch: int = 1,
     ) -> None:
-        if len(names) < 2:
-            raise ConfigError(
-                f"a search needs at least two experts to mix, but got {len(names)} ({', '.join(names)}): "
-                "add another --experts NAME=PATH"
-            )
+        check_experts(names)
         self.names = tuple(names)
         self.region = region or Region.simplex(names)
         self._starts = self.region.start_points(prior)
@@ -113,12 +120,15 @@ class Search(ABC):
 
         same: measured with these experts on these benchmarks, so it counts like own results (and may lie outside the
         region); otherwise on a surface that may be like this one, such as that of an earlier checkpoint. Strategies
-        that learn nothing on the way ignore it.
+        that learn nothing on the way ignore it. Of mixtures of other domains those count that are mixtures of these:
+        all others have no share in them.
         """
+        translated = [(self._translated(mixture), outcome) for mixture, outcome in evidence]
+        known = [(mixture, Outcome.of(outcome)) for mixture, outcome in translated if mixture is not None]
         if same:
-            self._learned.update(evidence)
+            self._learned.update(known)
         else:
-            self._hints += evidence
+            self._hints += known
 
     def ask(self, count: int | None = None) -> list[Mixture]:
         """The candidates to evaluate now: those asked and not yet told, in the order of proposal.
@@ -161,9 +171,48 @@ class Search(ABC):
         """What has been told, in the order of proposal: independent of the order of the results."""
         return [(mixture, self._outcomes[mixture]) for mixture in self._order if mixture in self._outcomes]
 
+    def recommend(self) -> tuple[Mixture, float, float] | None:
+        """(mixture, mean, standard deviation): the evaluated one with the highest utility as far as all scores together
+        say, by a Gaussian process. Under noise it is better than the one with the best score, which was also lucky.
+
+        Of candidates inside the region without layer groups, less what straying from the prior costs; None when none
+        has been told.
+        """
+        from mergemix.search.posterior import fit_posterior
+
+        known = [
+            m for m, o in self._evidence() if o.utility is not None and not m.groups and self.region.contains(m)
+        ]
+        posterior = fit_posterior(self._evidence(), self.objective, self.region.penalty) if known else None
+        if posterior is None:
+            return None
+        mean, sd = posterior.moments(np.array([mixture.weights for mixture in known]))
+        best = int(mean.argmax())
+        return known[best], float(mean[best]), float(sd[best])
+
+    def _translated(self, mixture: Mixture) -> Mixture | None:
+        """The same mixture in this search's domains; None where there is none."""
+        if mixture.names == self.names:
+            return mixture
+        used = {name: weight for name, weight in mixture.as_dict().items() if weight}
+        if mixture.groups or not set(used) <= set(self.names):
+            return None
+        return Mixture.of(self.names, used, normalize=False)
+
     def _evidence(self) -> list[tuple[Mixture, Outcome]]:
-        """All that is known of the surface: what was learned before, then what has been told."""
-        return [*self._learned.items(), *self.told()]
+        """All that is known of the surface, each mixture once: what was learned before, then what has been told."""
+        return list({**self._learned, **dict(self.told())}.items())
+
+    def _early(self) -> list[Mixture]:
+        """The best mixtures of another surface, as far as they are new here."""
+        hinted = [(m, o.utility) for m, o in self._hints if o.utility is not None and not m.groups]
+        ranked = sorted(hinted, key=lambda pair: -pair[1])  # stable: the first of equals
+        best = dict.fromkeys(self.region.snap(self.region.project(np.array(m.weights))) for m, _ in ranked[:EARLY])
+        return [mixture for mixture in best if self._is_new(mixture)]
+
+    def _is_new(self, mixture: Mixture) -> bool:
+        """Whether it was neither proposed nor learned."""
+        return mixture not in self._order and mixture not in self._learned
 
     def _scores(self) -> dict[Mixture, float | None]:
         """Utilities that were told, None of failed ones, in the order of proposal."""

@@ -51,11 +51,14 @@ class BlockwiseSearch(Search):
         self._inner.learn(evidence, same=same)
 
     def ask(self, count: int | None = None) -> list[Mixture]:
+        self._inner.objective = self.objective
         if first := self._inner.ask(count):
+            self.predictions |= self._inner.predictions
             new = dict.fromkeys(mixture for mixture in first if mixture not in self._order)
             self._order.update(new)
             self._waiting.update(new)
-            return first
+            if count is None or len(first) >= count:
+                return first
         return super().ask(count)
 
     def tell(self, results: Sequence[tuple[Mixture, Outcome | float | None]]) -> None:

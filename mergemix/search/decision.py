@@ -8,6 +8,7 @@ best of many predictions is also a lucky one, which no interval here shows.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from mergemix.mixture import Mixture
 from mergemix.search.base import Objective, Outcome
 from mergemix.search.posterior import UTILITY, measured
 from mergemix.search.region import Region
+from mergemix.search.simplex import UNITS
 
 CONFIDENCE = 0.95
 DRAWS = 2000
@@ -136,7 +138,7 @@ class Models:
 
     def scores(self, shares: np.ndarray) -> dict[str, np.ndarray]:
         """Predicted scores by capability, (n,) each, of shares (n, K)."""
-        return {name: model.predict(shares).mean for name, model in self.fitted.items()}
+        return {name: _means(model, shares) for name, model in self.fitted.items()}
 
     def utility(self, shares: np.ndarray) -> np.ndarray:
         """The utility of the predicted scores, (n,)."""
@@ -206,7 +208,9 @@ def fit_models(
     if not len(data):
         raise ValueError("a decision needs a measured mixture of data")
     fitted = {
-        name: open_surrogate("auto").fit(data.shares, scores, data.noise[name], seed=seed)
+        name: open_surrogate("auto").fit(
+            data.shares, scores, data.noise[name] if data.noise[name].any() else None, seed=seed
+        )
         for name, scores in data.scores.items()
     }
     warnings = [f"{name}: {warning}" for name, model in fitted.items() for warning in model.warnings]
@@ -257,10 +261,29 @@ def optimum(models: Models, region: Region, seed: int, starts: Sequence[Mixture]
     inside = [mixture for mixture in starts if region.contains(mixture)]
     shares = np.array([mixture.weights for mixture in inside]).reshape(len(inside), len(region.names))
     found = region.snap(maximize(value, region, np.random.default_rng(seed), starts=shares))
-    # On the grid, and never worse than a start.
-    candidates = [found, *inside]
+    # On the grid, where a floor that was met exactly may not be met any more, and never worse than a start.
+    candidates = list(dict.fromkeys([found, *inside, *_neighbours(found, region)]))
     values = value(np.array([mixture.weights for mixture in candidates]))
     return candidates[int(np.argmax(values))]
+
+
+def _neighbours(mixture: Mixture, region: Region) -> list[Mixture]:
+    """Grid mixtures of the region that a unit or a few, given from one domain to another, lead to."""
+    units = np.rint(np.array(mixture.weights) * UNITS).astype(int)
+    if units.sum() != UNITS:  # uniform, of thirds or the like: no grid mixture
+        return []
+    found = []
+    for giver, taker in itertools.permutations(range(len(units)), 2):
+        for step in (1, 3):
+            if units[giver] < step:
+                continue
+            moved = units.copy()
+            moved[giver] -= step
+            moved[taker] += step
+            near = Mixture(mixture.names, tuple(int(n) / UNITS for n in moved))
+            if region.contains(near):
+                found.append(near)
+    return found
 
 
 def _starts(names: Sequence[str], observations: Observations) -> list[Mixture]:
@@ -277,13 +300,20 @@ def _prices(
     models: Models, region: Region, best: Mixture, seed: int, starts: Sequence[Mixture]
 ) -> tuple[Price, ...]:
     def value(mixture: Mixture) -> float:
-        return float(models.worth(np.array([mixture.weights]), region)[0])
+        shares = np.array([mixture.weights])
+        return float((models.utility(shares) - region.penalty(shares))[0])
 
     found = []
     for bound in region.active(best):
         without = optimum(models, region.without(bound), seed, [*starts, best])
         found.append(Price(bound.key, bound.text, value(without) - value(best), value(without), without))
     return tuple(sorted(found, key=lambda price: -price.price))
+
+
+def _means(model: Any, shares: np.ndarray) -> np.ndarray:
+    """Without the intervals, which cost most of the time, where a surrogate can."""
+    means = getattr(model, "means", None)
+    return means(shares) if means is not None else model.predict(shares).mean
 
 
 def _utility_itself(scores: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -6,21 +6,21 @@ Every design is a list of distinct mixtures. It is shorter than asked for where 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 
 from mergemix.mixture import Mixture
-from mergemix.search import kl
-from mergemix.search.polytope import Polytope
+from mergemix.search.corners import corners, vertices
 from mergemix.search.region import Region
 from mergemix.search.simplex import UNITS
 
 CANDIDATES = 2000  # points that the optimal designs choose from, besides the vertices
-CORNERS = 256
+CORNERS = 128
 SWEEPS = 3  # of exchanges over a whole design
 TRIES = 50  # draws per wanted mixture
-VISITS = 200_000  # nodes of the tree of lattice points or vertices, before it counts as too large
+VISITS = (
+    20_000  # nodes of the tree of lattice points, besides those of points inside, before there are too many
+)
 RIDGE = 1e-3  # prior precision per coefficient (DuMouchel & Jones 1994): fewer points than coefficients are allowed
 
 
@@ -50,7 +50,7 @@ def _lattice(region: Region, steps: int, most: int) -> np.ndarray | None:
     largest = np.floor((upper - lower) / step + 1e-9).astype(int)
     matrix, low, high = polytope.limits
     found: list[np.ndarray] = []
-    visits = 0
+    visits, most_visits = 0, VISITS + len(lower) * most
 
     def place(counts: tuple[int, ...], rest: int) -> bool:
         """Whether the points that begin with `counts` are not too many."""
@@ -60,10 +60,10 @@ def _lattice(region: Region, steps: int, most: int) -> np.ndarray | None:
         if k == len(lower):
             point = lower + step * np.array(counts)
             sums = matrix @ point
-            if (sums >= low - 1e-9).all() and (sums <= high + 1e-9).all():
-                if limit is None or region.divergence(point) <= limit:
-                    found.append(point)
-            return len(found) <= most and visits <= VISITS
+            inside = (sums >= low - 1e-9).all() and (sums <= high + 1e-9).all()
+            if inside and (limit is None or region.divergence(point) <= limit):
+                found.append(point)
+            return len(found) <= most and visits <= most_visits
         fewest = max(0, rest - int(largest[k + 1 :].sum()))
         counts_here = range(min(rest, int(largest[k])), fewest - 1, -1)
         return all(place((*counts, n), rest - n) for n in counts_here)
@@ -71,92 +71,14 @@ def _lattice(region: Region, steps: int, most: int) -> np.ndarray | None:
     return np.array(found).reshape(-1, len(lower)) if place((), steps) else None
 
 
-def vertices(region: Region, limit: int) -> list[Mixture]:
-    """The corners of the region, all of them if it has at most `limit` and only bounds on single domains.
-
-    Otherwise up to `limit` of them, where random linear functions are largest; with a KL limit, where the way from
-    the centre to the corner leaves it. Remembered: every maximisation over a region asks for them.
-    """
-    return list(_vertices(region, limit))
-
-
-@lru_cache(maxsize=16)
-def _vertices(region: Region, limit: int) -> tuple[Mixture, ...]:
-    polytope = region.polytope
-    corners = _corners(polytope, limit)
-    if corners is None:
-        rng = np.random.default_rng(0)
-        found: dict[tuple[float, ...], None] = {}
-        for _ in range(2 * limit):
-            found[tuple(_highest(polytope, rng.standard_normal(polytope.k)))] = None
-            if len(found) == limit:
-                break
-        corners = np.array(list(found))
-    if region.kl_limit is not None:
-        corners = kl.draw_inside(np.array(region.prior), region.kl_limit, region.center, corners)
-    return tuple(_distinct(region, corners))
-
-
-def _highest(polytope: Polytope, slopes: np.ndarray) -> np.ndarray:
-    """The corner (K,) where a linear function is largest."""
-    if not polytope.rows.size:
-        units = polytope.lower.copy()
-        rest = UNITS - units.sum()
-        for k in np.argsort(-slopes):  # all that is free to the best domain, then to the next
-            units[k] += min(rest, polytope.upper[k] - units[k])
-            rest = UNITS - units.sum()
-        return units / UNITS
-    from scipy.optimize import linprog
-
-    above = np.vstack([polytope.rows, -polytope.rows])
-    rests = np.append(polytope.row_upper, -polytope.row_lower)
-    bounds = np.column_stack([polytope.lower, polytope.upper])
-    found = linprog(-slopes, above, rests, np.ones((1, polytope.k)), [UNITS], bounds, method="highs-ds")
-    return polytope.center if found.x is None else found.x / UNITS
-
-
-def _corners(polytope: Polytope, most: int) -> np.ndarray | None:
-    """All corners (n, K) under bounds on single domains; None when there are more than `most`, or other bounds.
-
-    All domains but one are at one of their bounds.
-    """
-    if polytope.rows.size:
-        return None
-    ends = [sorted({int(a), int(b)}) for a, b in zip(polytope.lower, polytope.upper, strict=True)]
-    found: dict[tuple[int, ...], None] = {}
-    visits = 0
-
-    def place(units: tuple[int, ...], free: int) -> bool:
-        """Whether the corners that begin with `units` are not too many; the share of `free` is what is left."""
-        nonlocal visits
-        visits += 1
-        k = len(units)
-        rest = UNITS - sum(units)
-        if not sum(e[0] for e in ends[k:]) + units_free(units, free)[0] <= rest:
-            return True
-        if not sum(e[-1] for e in ends[k:]) + units_free(units, free)[1] >= rest:
-            return True
-        if k == len(ends):
-            found[tuple(rest if j == free else n for j, n in enumerate(units))] = None
-            return len(found) <= most and visits <= VISITS
-        return all(place((*units, n), free) for n in ([0] if k == free else ends[k]))
-
-    def units_free(units: tuple[int, ...], free: int) -> tuple[int, int]:
-        """The least and most that the free domain takes, once it has been passed with 0."""
-        return (ends[free][0], ends[free][-1]) if len(units) > free else (0, 0)
-
-    complete = all(place((), free) for free in range(len(ends)))
-    return np.array(list(found)) / UNITS if complete and visits <= VISITS else None
-
-
 def centroid(region: Region) -> Mixture:
     """The mean of the corners where they are few, as usual for constrained mixtures, and else of a uniform sample."""
     if region.is_simplex:
         return Mixture.uniform(region.names)
     if region.kl_limit is None:
-        corners = _corners(region.polytope, CORNERS)
-        if corners is not None:
-            return region.snap(corners.mean(axis=0))
+        points = corners(region.polytope, CORNERS)
+        if points is not None:
+            return region.snap(points.mean(axis=0))
     return region.snap(region.sample(CANDIDATES, np.random.default_rng(0)).mean(axis=0))
 
 
@@ -240,27 +162,41 @@ def d_optimal(
     points = _candidates(region, rng)
     features = _features(points, model)
     known = _features(np.array([m.weights for m in existing]).reshape(-1, points.shape[1]), model)
-    inverse = np.linalg.inv(RIDGE * np.eye(features.shape[1]) + known.T @ known)
+    gain = _Gain(features, np.linalg.inv(RIDGE * np.eye(features.shape[1]) + known.T @ known))
     chosen: list[int] = []
     free = np.ones(len(points), dtype=bool)
     for _ in range(min(count, len(points))):
-        best = int(np.where(free, _leverage(features, inverse), -np.inf).argmax())
-        inverse = _updated(inverse, features[best], 1.0)
+        best = int(np.where(free, gain.leverage, -np.inf).argmax())
+        gain.change(best, 1.0)
         chosen.append(best)
         free[best] = False
     for _ in range(SWEEPS):
         moved = False
         for place, index in enumerate(chosen):
-            without = _updated(inverse, features[index], -1.0)
-            gains = np.where(free, _leverage(features, without), -np.inf)
-            best = int(gains.argmax())
-            if gains[best] > features[index] @ without @ features[index] * (1 + 1e-6):
+            gain.change(index, -1.0)
+            best = int(np.where(free, gain.leverage, -np.inf).argmax())
+            if free[best] and gain.leverage[best] > gain.leverage[index] * (1 + 1e-6):
                 free[[index, best]] = True, False
                 chosen[place], moved = best, True
-                inverse = _updated(without, features[best], 1.0)
+            gain.change(chosen[place], 1.0)
         if not moved:
             break
     return _some(region, np.vstack([points[chosen], points]), count, exclude=existing)
+
+
+class _Gain:
+    """The inverse of M = F'F + ridge, and f' M^-1 f of all candidates: adding one multiplies det(M) by 1 + that."""
+
+    def __init__(self, features: np.ndarray, inverse: np.ndarray) -> None:
+        self.features, self.inverse = features, inverse
+        self.leverage = np.einsum("nf,nf->n", features @ inverse, features)
+
+    def change(self, index: int, sign: float) -> None:
+        """Add (1) or take away (-1) a candidate: Sherman & Morrison's formula."""
+        along = self.inverse @ self.features[index]
+        size = sign / (1 + sign * float(self.features[index] @ along))
+        self.inverse = self.inverse - size * np.outer(along, along)
+        self.leverage = self.leverage - size * (self.features @ along) ** 2
 
 
 def _features(points: np.ndarray, model: str) -> np.ndarray:
@@ -270,27 +206,16 @@ def _features(points: np.ndarray, model: str) -> np.ndarray:
     return np.hstack([points, points[:, first] * points[:, second]])
 
 
-def _leverage(features: np.ndarray, inverse: np.ndarray) -> np.ndarray:
-    """f' M^-1 f of each row: adding it multiplies the determinant by 1 + that."""
-    return np.einsum("nf,nf->n", features @ inverse, features)
-
-
-def _updated(inverse: np.ndarray, feature: np.ndarray, sign: float) -> np.ndarray:
-    """The inverse of M + sign * f f' (Sherman & Morrison)."""
-    along = inverse @ feature
-    return inverse - sign * np.outer(along, along) / (1 + sign * float(feature @ along))
-
-
 def _candidates(region: Region, rng: np.random.Generator) -> np.ndarray:
     """Points inside the region (n, K), a unit apart: the corners, the middles between them, and a sample."""
-    corners = np.array([mixture.weights for mixture in vertices(region, CORNERS)])
-    first, second = np.triu_indices(len(corners), 1)
+    ends = np.array([mixture.weights for mixture in vertices(region, CORNERS)])
+    first, second = np.triu_indices(len(ends), 1)
     if len(first) > CANDIDATES:
         kept = np.sort(rng.choice(len(first), CANDIDATES, replace=False))
         first, second = first[kept], second[kept]
-    middles = (corners[first] + corners[second]) / 2
+    middles = (ends[first] + ends[second]) / 2
     sample = region.sample(CANDIDATES, rng)
-    points = np.vstack([corners, middles, sample])
+    points = np.vstack([ends, middles, sample])
     _, first = np.unique(np.rint(points * UNITS), axis=0, return_index=True)
     return points[np.sort(first)]
 

@@ -7,6 +7,7 @@ from math import comb
 from typing import Any
 
 from mergemix.mixture import Mixture
+from mergemix.search import designs
 from mergemix.search.base import Search
 from mergemix.search.simplex import UNITS, lattice
 
@@ -14,16 +15,22 @@ from mergemix.search.simplex import UNITS, lattice
 class GridSearch(Search):
     """The start points, then every other point of the lattice with the finest step that fits the budget.
 
-    The step follows from the budget, so it is part of the identity: a budget that pays for a finer
-    lattice is another study.
+    The step follows from the budget, so it is part of the identity: a budget that pays for a finer lattice is another
+    study. Under constraints the lattice is that of designs.lattice, and its number of points is part of the identity.
     """
 
     kind = "grid"
 
     def __init__(self, names: Sequence[str], *, budget: int, **options: Any) -> None:
         super().__init__(names, budget=budget, **options)
-        self.steps, self._lattice = self._finest_lattice()
-        self.identity["grid_steps"] = self.steps
+        if self.region.is_simplex:
+            steps, self._lattice = self._finest_lattice()
+            self._what = f"the lattice with step 1/{steps}"
+            self.identity["grid_steps"] = steps
+        else:
+            self._lattice = self._finest_inside()
+            self._what = f"the lattice of {len(self._lattice)} points inside the constraints"
+            self.identity["grid_points"] = len(self._lattice)
 
     def _finest_lattice(self) -> tuple[int, list[Mixture]]:
         """(steps, points of that lattice that are not start points). One step always fits: the vertices."""
@@ -38,8 +45,17 @@ class GridSearch(Search):
                 return smaller, rest
         raise AssertionError("the vertices are start points, and the budget covers those")
 
+    def _finest_inside(self) -> list[Mixture]:
+        """Points inside the region that are not start points, as many as the budget pays for at most."""
+        points = designs.lattice(self.region, self.budget)
+        while True:
+            rest = [point for point in points if point not in self._starts]
+            if len(self._starts) + len(rest) <= self.budget:
+                return rest
+            points = designs.lattice(self.region, len(points) - 1)
+
     def _propose(self, count: int | None) -> list[Mixture]:
         new = [point for point in self._lattice if point not in self._order]
         if not new:
-            self._reasons = {"grid": f"all points of the lattice with step 1/{self.steps} evaluated"}
+            self._reasons = {"grid": f"all points of {self._what} evaluated"}
         return new

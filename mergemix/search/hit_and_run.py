@@ -66,7 +66,7 @@ def hit_and_run(
     for _ in range(6):  # spread out: differences of walkers need to span the region
         steps = rng.standard_normal((size, dimension)) @ polytope.hull.T
         walkers = _step(polytope, walkers, steps, rng, accept)
-    for turn in range(30 + 6 * dimension):
+    for turn in range(20 + 4 * dimension):
         if turn % 2 and len(exchanges):
             steps = exchanges[rng.integers(len(exchanges), size=size)]
             walkers = _step(polytope, walkers, steps, rng, accept)

@@ -26,16 +26,20 @@ def divergence(shares: np.ndarray, prior: np.ndarray) -> np.ndarray:
     return rel_entr(np.maximum(shares, 0.0), prior).sum(axis=-1)
 
 
-def draw_inside(prior: np.ndarray, limit: float, inner: np.ndarray, outer: np.ndarray) -> np.ndarray:
-    """Where the way from `inner`, with KL <= limit, to `outer` leaves the ball of KL <= limit; (..., K) each."""
-    inside = np.zeros((*np.shape(outer)[:-1], 1))
-    outside = np.ones_like(inside)
-    free = divergence(outer, prior)[..., None] <= limit
-    for _ in range(40):
+def draw_inside(
+    prior: np.ndarray, limit: float, inner: np.ndarray, outer: np.ndarray, *, halvings: int = 36
+) -> np.ndarray:
+    """Where the way from `inner`, with KL <= limit, to `outer` (..., K) leaves the ball of KL <= limit, to 2^-halvings."""
+    found = np.array(outer, dtype=np.float64)
+    beyond = divergence(found, prior) > limit
+    far = found[beyond]
+    inside, outside = np.zeros((len(far), 1)), np.ones((len(far), 1))
+    for _ in range(halvings if len(far) else 0):
         middle = (inside + outside) / 2
-        fits = divergence(inner + middle * (outer - inner), prior)[..., None] <= limit
+        fits = divergence(inner + middle * (far - inner), prior)[:, None] <= limit
         inside, outside = np.where(fits, middle, inside), np.where(fits, outside, middle)
-    return inner + np.where(free, 1.0, inside) * (outer - inner)
+    found[beyond] = inner + inside * (far - inner)
+    return found
 
 
 def project(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
 from mergemix.mixture import Mixture
 from mergemix.search import kl
-from mergemix.search.designs import vertices
+from mergemix.search.corners import vertices
 from mergemix.search.hit_and_run import reach
 from mergemix.search.region import Region
 from mergemix.search.simplex import UNITS
@@ -16,15 +17,16 @@ from mergemix.search.slsqp import minimize_inside
 
 Objective = Callable[[np.ndarray], np.ndarray]  # shares (n, K) -> utility (n,), higher is better
 
-SAMPLES = 1500
-VERTICES = 200
-CLIMBERS = 6  # points that are refined together
+SAMPLES = 600
+VERTICES = 150
+HILLS = 4  # promising points, apart from each other, that a gradient method refines
+CLIMBERS = 2  # the best of them, that exchanges refine further
 LONGEST, SHORTEST = 0.25, 0.25 / UNITS  # steps of the exchanges, in shares
-ROUNDS = 80
+ROUNDS = 30
+HALVINGS = 14  # of the way from outside a KL limit to the inside
 WANDERING = 24  # random directions per climber and round: for ridges that no exchange of two domains follows
 DIFFERENCE = 1e-5  # shares, for gradients
-POLISHING = 60  # steps of the gradient method
-POLISHED = 2  # of the climbers, by a gradient method
+POLISHING = 40  # steps of the gradient method
 
 
 def maximize(
@@ -32,21 +34,20 @@ def maximize(
 ) -> np.ndarray:
     """The shares (K,) in the region with the highest objective that was found, to about a quarter of a unit.
 
-    A uniform sample, the vertices, the start points and `starts` (s, K); then the best of these climb by exchanges
-    between two domains, and along random directions, in shrinking steps, all climbers in one call of the objective;
-    then a gradient method (SLSQP), which smooth objectives need for their last digits. What the objective gives as NaN
-    counts as -inf. Same rng state, same result.
+    Of a uniform sample, the corners, the start points and `starts` (s, K) the best few that are apart climb: by a
+    gradient method (SLSQP), then by exchanges between two domains and along random directions in shrinking steps,
+    which need no smoothness, all in one call of the objective. What the objective gives as NaN counts as -inf. Same
+    rng state, same result.
     """
     points = _candidates(region, rng, starts)
-    climbers, values = _climb(objective, region, rng, *_best_apart(points, _evaluate(objective, points)))
-    order = np.argsort(-values, kind="stable")
-    best, best_value = climbers[order[0]], values[order[0]]
-    for start in climbers[order[:POLISHED]]:
-        polished = _polish(objective, region, start)
-        value = _evaluate(objective, polished[None])[0]
-        if value > best_value:
-            best, best_value = polished, value
-    return best
+    hills, values = _best_apart(points, _evaluate(objective, points), HILLS)
+    polished = np.array([_polish(objective, region, start) for start in hills])
+    reached = _evaluate(objective, polished)
+    better = reached > values
+    hills, values = np.where(better[:, None], polished, hills), np.where(better, reached, values)
+    first = np.argsort(-values, kind="stable")[:CLIMBERS]
+    climbers, values = _climb(objective, region, rng, hills[first], values[first])
+    return climbers[int(values.argmax())]
 
 
 def top(
@@ -70,7 +71,7 @@ def top(
             return np.where(far(shares) >= apart + len(region.names) / UNITS / 2, objective(shares), -np.inf)
 
         allowed = np.where(np.isfinite(masked(points)), values, -np.inf)
-        climbers, reached = _climb(masked, region, rng, *_best_apart(points, allowed))
+        climbers, reached = _climb(masked, region, rng, *_best_apart(points, allowed, CLIMBERS))
         for index in np.argsort(-reached, kind="stable"):
             mixture = region.snap(climbers[index])
             if (
@@ -85,23 +86,24 @@ def top(
 
 
 def _candidates(region: Region, rng: np.random.Generator, starts: np.ndarray | None) -> np.ndarray:
-    """Points of the region (n, K): many inside, and the corners and faces, which a sample never meets."""
-    corners = np.array(
-        [
-            mixture.weights
-            for mixture in vertices(region, VERTICES // 3 if region.polytope.rows.size else VERTICES)
-        ]
-    )
-    inside = region.sample(SAMPLES, rng)
-    # From corners towards other corners: points on edges and faces.
+    """Points of the region (n, K): many inside, and the corners and edges, which a sample never meets."""
+    corners, first = _landmarks(region)
     pairs = rng.integers(len(corners), size=(2, VERTICES))
     way = rng.random((VERTICES, 1))
     edges = way * corners[pairs[0]] + (1 - way) * corners[pairs[1]]
-    first = np.array([mixture.weights for mixture in region.start_points()])
     given = np.empty((0, len(region.names)))
     if starts is not None and len(starts):
         given = np.array([region.project(shares) for shares in np.asarray(starts, dtype=np.float64)])
-    return np.vstack([given, first, corners, edges, inside])
+    return np.vstack([given, first, corners, edges, region.sample(SAMPLES, rng)])
+
+
+@lru_cache(maxsize=16)
+def _landmarks(region: Region) -> tuple[np.ndarray, np.ndarray]:
+    """(corners, start points), remembered: a search maximises over the same region again and again."""
+    # With sums of shares each corner is a linear program.
+    corners = vertices(region, VERTICES // 3 if region.polytope.rows.size else VERTICES)
+    starts = region.start_points()
+    return np.array([m.weights for m in corners]), np.array([m.weights for m in starts])
 
 
 def _evaluate(objective: Objective, points: np.ndarray) -> np.ndarray:
@@ -109,15 +111,15 @@ def _evaluate(objective: Objective, points: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), -np.inf, values)
 
 
-def _best_apart(points: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Good points (CLIMBERS at most) that are not all on one hill, and their values."""
+def _best_apart(points: np.ndarray, values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Good points (`count` at most) that are not all on one hill, and their values."""
     chosen: list[int] = []
     spread = np.abs(points - points.mean(axis=0)).sum(axis=1).mean() / 2
     for index in np.argsort(-values, kind="stable"):
         distances = [np.abs(points[index] - points[other]).sum() / 2 for other in chosen]
         if min(distances, default=np.inf) >= 0.3 * spread:
             chosen.append(int(index))
-        if len(chosen) == CLIMBERS:
+        if len(chosen) == count:
             break
     return points[chosen], values[chosen]
 
@@ -152,7 +154,7 @@ def _trials(
 ) -> np.ndarray:
     """Where to look around points (c, K): (c, n, K), all inside the region.
 
-    Exchanges of a step and all the way to the boundary, random directions, and the last move again.
+    Exchanges of a step, and in the beginning all the way to the boundary, random directions, and the last move again.
     """
     count, k = points.shape
     eye = np.eye(k)
@@ -163,9 +165,11 @@ def _trials(
     fixed = np.broadcast_to(exchanges @ keep, (count, *exchanges.shape))
     ways = np.concatenate([fixed, random], axis=1)
     length = np.broadcast_to(steps[:, None], ways.shape[:2])
-    whole = np.full((count, k * (k - 1)), np.inf)
-    ways = np.concatenate([ways, fixed, last[:, None], last[:, None]], axis=1)
-    length = np.concatenate([length, whole, np.ones((count, 1)), np.full((count, 1), 3.0)], axis=1)
+    ways = np.concatenate([ways, last[:, None], last[:, None]], axis=1)
+    length = np.concatenate([length, np.ones((count, 1)), np.full((count, 1), 3.0)], axis=1)
+    if (steps == LONGEST).any():
+        ways = np.concatenate([ways, fixed], axis=1)
+        length = np.concatenate([length, np.full(fixed.shape[:2], np.inf)], axis=1)
     flat = ways.reshape(-1, k)
     origins = np.repeat(points, ways.shape[1], axis=0)
     forth = reach(region.polytope, origins, flat)[1]
@@ -177,25 +181,32 @@ def _inside(region: Region, points: np.ndarray) -> np.ndarray:
     """Points (n, K) that satisfy the linear constraints but for rounding, drawn into the region."""
     points = np.clip(points, region.polytope.lower / UNITS, region.polytope.upper / UNITS)
     limit = region.kl_limit
-    return points if limit is None else kl.draw_inside(np.array(region.prior), limit, region.center, points)
+    return (
+        points
+        if limit is None
+        else kl.draw_inside(np.array(region.prior), limit, region.center, points, halvings=HALVINGS)
+    )
 
 
 def _polish(objective: Objective, region: Region, start: np.ndarray) -> np.ndarray:
     """The end of a gradient ascent (SLSQP) from `start`, drawn into the region; gradients by differences."""
     nudges = DIFFERENCE * np.vstack([np.eye(len(start)), -np.eye(len(start))])
-    scale = float(np.ptp(_finite(objective(start + nudges)))) or 1.0
+    around = _finite(objective(np.maximum(start + nudges, 0.0)))
+    scale = float(np.ptp(around)) / (2 * DIFFERENCE) or 1.0  # SLSQP wants slopes of about 1
 
     def value(point: np.ndarray) -> float:
         return -float(_finite(objective(point[None]))[0]) / scale
 
     def slope(point: np.ndarray) -> np.ndarray:
-        above, below = np.split(_finite(objective(np.maximum(point + nudges, 0.0))), 2)
-        return (below - above) / (2 * DIFFERENCE * scale)
+        trials = np.maximum(point + nudges, 0.0)
+        above, below = np.split(_finite(objective(trials)), 2)
+        width = np.diag(trials[: len(point)]) - np.diag(trials[len(point) :])  # one-sided where a share is 0
+        return (below - above) / (width * scale)
 
     more = []
     if region.kl_limit is not None:
         more.append(kl.ball(np.array(region.prior), region.kl_limit))
-    found = minimize_inside(region.polytope, value, slope, start, more=more, steps=POLISHING)
+    found = minimize_inside(region.polytope, value, slope, start, more=more, steps=POLISHING, precision=1e-10)
     return start if found is None else region.project(found)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from mergemix.mixture import Mixture
 from mergemix.search.region import Region
 
-SAMPLES = 2048
+SAMPLES = 1024
+CORNERS = 128
 ROUNDS = 6
 COUNT = 24
 _BLOCK = 512  # rows compared at once: memory is block * n * capabilities bytes
@@ -50,22 +51,21 @@ def predicted_front(
 ) -> tuple[list[Mixture], dict[str, np.ndarray]]:
     """(mixtures of the grid inside `region`, their scores by capability), none of which beats another.
 
-    Sampled over the region, then refined: what lies between members of the front, and between them and the rest of
-    the region, competes in ROUNDS rounds; a region is convex, so all of that is inside. Of more than `count`, those
+    Sampled over the region, its edges and faces, then refined: what lies between members of the front, and between them
+    and the rest, competes in ROUNDS rounds; a region is convex, so all of that is inside. Of more than `count`, those
     are kept that are the best in one capability, or stand far apart in scores. Means are compared, so
     what the surrogates are unsure of is not in it. starts: (s, K), mixtures inside that compete too.
     """
-    points = region.sample(SAMPLES, rng)
-    corners = np.array([mixture.weights for mixture in region.start_points(None)])
-    points = np.concatenate([points, corners, *([] if starts is None else [starts])])
+    points = np.concatenate([_everywhere(region, rng), *([] if starts is None else [starts])])
+    others = points
     scores = _stacked(predict(points))
     for round_ in range(ROUNDS):
         best = np.flatnonzero(front(scores))
-        best = best[_spread(scores[best], 4 * count)]
+        best = best[_spread(scores[best], 3 * count)]
         points, scores = points[best], scores[best]
         if round_ == ROUNDS - 1:
             break
-        new = _between(points, region.sample(SAMPLES // 4, rng), 0.5 ** (round_ + 1), rng)
+        new = _between(points, others[rng.integers(len(others), size=8 * count)], 0.5 ** (round_ + 1), rng)
         points, scores = np.concatenate([points, new]), np.concatenate([scores, _stacked(predict(new))])
     mixtures = list(dict.fromkeys(region.snap(shares) for shares in points))
     snapped = predict(np.array([mixture.weights for mixture in mixtures]))
@@ -78,6 +78,21 @@ def predicted_front(
     }
 
 
+def _everywhere(region: Region, rng: np.random.Generator) -> np.ndarray:
+    """Points (n, K) inside, at the corners, and on edges and faces, which a sample of the inside never meets."""
+    from mergemix.search.designs import vertices
+
+    inside = region.sample(SAMPLES, rng)
+    corners = np.array([mixture.weights for mixture in vertices(region, CORNERS)])
+    starts = np.array([mixture.weights for mixture in region.start_points(None)])
+    chosen = corners[rng.integers(len(corners), size=(SAMPLES, 3))]
+    ways = rng.dirichlet(np.ones(3), size=SAMPLES)
+    ways[::2, 2] = 0.0  # edges
+    ways /= ways.sum(axis=1, keepdims=True)
+    faces = np.einsum("nc,nck->nk", ways, chosen)
+    return np.concatenate([starts, corners, faces, inside])
+
+
 def _stacked(scores: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.stack([np.asarray(values) for values in scores.values()], axis=1)
 
@@ -85,8 +100,8 @@ def _stacked(scores: Mapping[str, np.ndarray]) -> np.ndarray:
 def _between(points: np.ndarray, others: np.ndarray, step: float, rng: np.random.Generator) -> np.ndarray:
     """Convex combinations: of pairs of points anywhere, and of points with a step towards others."""
     size = len(others)
-    first, second = points[rng.integers(len(points), size=(2, 2 * size))]
-    pairs = first + rng.random((2 * size, 1)) * (second - first)
+    first, second = points[rng.integers(len(points), size=(2, size))]
+    pairs = first + rng.random((size, 1)) * (second - first)
     own = points[rng.integers(len(points), size=size)]
     return np.concatenate([pairs, own + step * rng.random((size, 1)) * (others - own)])
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 
-from mergemix.mixture import Mixture
+from mergemix.mixture import SUM_TOLERANCE, Mixture
 
 if TYPE_CHECKING:
     from mergemix.search.base import Objective, Outcome
-    from mergemix.search.surrogates.base import Prediction
+    from mergemix.search.surrogates.base import Prediction, Surrogate
 
 UTILITY = "utility"  # the score that is modelled where there is no objective
+QUICK = True
 SAMPLES = 64  # quasi-random draws of the capabilities, for utilities of several
 
 
@@ -40,14 +41,17 @@ class Measured:
 def measured(evidence: Sequence[tuple[Mixture, Outcome]], objective: Objective | None) -> Measured:
     """What surrogates are fitted to: capabilities where the utility is a function of them, else the utility.
 
-    Failed candidates are left out, as are layer groups. With an objective, so are outcomes without capabilities,
+    Failed candidates are left out, as are layer groups and what is no mixture of the domains alone (the base). With an
+    objective, so are outcomes without capabilities,
     unless none has them: then the utilities are modelled.
 
     A standard error that all candidates have in common comes from the items, which are the same for all: it is no noise
     between them. The noise is therefore what a variance has above the smallest one, as that of a candidate that was
     stopped early; what is left, such as answers that flip at random, a surrogate estimates by itself.
     """
-    known = [(m, o) for m, o in evidence if o.utility is not None and not m.groups]
+    known = [
+        (m, o) for m, o in evidence if o.utility is not None and not m.groups and abs(m.base_weight) <= SUM_TOLERANCE
+    ]
     names: list[str] = []
     if objective is not None and (detailed := [(m, o) for m, o in known if o.capabilities]):
         names = sorted(set.intersection(*(set(outcome.capabilities) for _, outcome in detailed)))
@@ -68,12 +72,13 @@ class Posterior:
     """The utility of mixtures, less `penalty`, as far as surrogates of its parts know it.
 
     objective: the utility of the modelled scores; None: the only score is the utility. penalty: (n,) of shares (n, K).
+    lowest: of each score, what was measured.
     """
 
     models: Mapping[str, Model]
     objective: Objective | None
     penalty: Callable[[np.ndarray], np.ndarray]
-    pending: np.ndarray | None = field(default=None, compare=False)
+    lowest: Mapping[str, float]
 
     def moments(self, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(mean, standard deviation) of the surface at `shares` (n, K): each (n,)."""
@@ -108,10 +113,17 @@ class Posterior:
 
         Only of models that can be conditioned; others stay as they are.
         """
+        return self._conditioned(shares, {name: m.predict(shares).mean for name, m in self.models.items()})
+
+    def failed(self, shares: np.ndarray) -> Self:
+        """The posterior once `shares` (n, K) have failed, which counts as the lowest score of all. As for `given`."""
+        return self._conditioned(shares, {name: np.full(len(shares), low) for name, low in self.lowest.items()})
+
+    def _conditioned(self, shares: np.ndarray, scores: Mapping[str, np.ndarray]) -> Self:
         models = {}
         for name, model in self.models.items():
             condition = getattr(model, "condition", None)
-            models[name] = model if condition is None else condition(shares, model.predict(shares).mean)
+            models[name] = model if condition is None else condition(shares, scores[name])
         return replace(self, models=models)
 
     def _drawn(self, shares: np.ndarray) -> np.ndarray:
@@ -157,8 +169,12 @@ class Trended:
         return predicted._replace(mean=predicted.mean + self.slope * self.trend.predict(shares).mean)
 
     def condition(self, shares: np.ndarray, scores: np.ndarray) -> Trended:
+        """As of a Gaussian process, which `rest` must be."""
         rest = scores - self.slope * self.trend.predict(shares).mean
         return replace(self, rest=self.rest.condition(shares, rest))  # type: ignore[attr-defined]
+
+
+Memory = dict[str, tuple[tuple[bytes, ...], "Surrogate"]]  # by name of the score: what a model was fitted to, and it
 
 
 def fit_posterior(
@@ -169,25 +185,59 @@ def fit_posterior(
     surrogate: str = "gp",
     seed: int = 0,
     trends: Mapping[str, Model] | None = None,
+    memory: Memory | None = None,
 ) -> Posterior | None:
     """Surrogates of all scores of the measured mixtures; None where none was measured.
 
-    trends: by name of a score, a surface that may be like it (see `slope_of`).
+    trends: by name of a score, a surface that may be like it (see `slope_of`). memory: kept by the caller from one
+    fit to the next of growing evidence; a model is then fitted to the first `fitted_of(n)` points, remembered, and
+    conditioned on the rest. The result is the same whatever is remembered. Only for surrogates that can be conditioned.
     """
-    from mergemix.search.surrogates import open_surrogate
-
     data = measured(evidence, objective)
     if not len(data):
         return None
     models: dict[str, Model] = {}
+    count = len(data) if memory is None else fitted_of(len(data))
     for name, scores in data.scores.items():
-        noise = data.noise[name] if data.noise[name].any() else None
+        noise = data.noise[name]
         trend = (trends or {}).get(name)
         guess = np.zeros(len(scores)) if trend is None else trend.predict(data.shares).mean
-        slope = slope_of(guess, scores)
-        model = open_surrogate(surrogate).fit(data.shares, scores - slope * guess, noise, seed=seed)
+        slope = slope_of(guess[:count], scores[:count])
+        rest = scores - slope * guess
+        parts = data.shares[:count], rest[:count], noise[:count] if noise.any() else None
+        fitted = _remembered({} if memory is None else memory, name, surrogate, parts, seed)
+        model: Model = fitted
+        if count < len(data):
+            model = fitted.condition(data.shares[count:], rest[count:], noise[count:])  # type: ignore[attr-defined]
         models[name] = model if trend is None or slope == 0 else Trended(model, trend, slope)
-    return Posterior(models, objective if set(models) != {UTILITY} else None, penalty)
+    lowest = {name: float(scores.min()) for name, scores in data.scores.items()}
+    return Posterior(models, objective if set(models) != {UTILITY} else None, penalty, lowest)
+
+
+def fitted_of(n: int) -> int:
+    """To how many of n points hyperparameters are fitted: to all of the first dozen, then at every sixth more."""
+    return n - n % max(1, n // 6)
+
+
+def _remembered(
+    memory: Memory,
+    name: str,
+    surrogate: str,
+    parts: tuple[np.ndarray, np.ndarray, np.ndarray | None],
+    seed: int,
+) -> Surrogate:
+    from mergemix.search.surrogates import open_surrogate
+    from mergemix.search.surrogates.base import Data, checked
+
+    shares, scores, noise = parts
+    key = (shares.tobytes(), scores.tobytes(), b"" if noise is None else noise.tobytes())
+    if name not in memory or memory[name][0] != key:
+        model = open_surrogate(surrogate)
+        # Without cross-validated intervals, which cost most of the time and change no proposal for the better.
+        quick = surrogate == "gp" and QUICK
+        fitted = model._fitted(Data(*checked(*parts)), seed) if quick else model.fit(*parts, seed=seed)
+        memory[name] = key, fitted
+    return memory[name][1]
 
 
 def slope_of(guess: np.ndarray, scores: np.ndarray) -> float:

@@ -15,7 +15,7 @@ from mergemix.evals.stats import (
     t_quantile,
     uninformative,
 )
-from mergemix.evals.utility import Utility
+from mergemix.evals.utility import CapabilityUtility, Utility, make_utility
 
 UTILITY = Utility({"sums": 0.75, "mbpp": 0.25}, offset=-0.1)
 Items = dict[str, np.ndarray]
@@ -248,6 +248,111 @@ def test_correcting_for_the_number_of_comparisons_keeps_equals_together() -> Non
         corrected += 40 - len(indistinguishable(UTILITY, best, others, correct=True))
     assert plain >= 15
     assert corrected <= 5
+
+
+CAPABILITIES = {"math": ["sums"], "code": ["mbpp"]}
+
+
+def nonlinear(spec: str, **references: dict[str, float]) -> CapabilityUtility:
+    utility = make_utility(CAPABILITIES, spec, **references)
+    assert isinstance(utility, CapabilityUtility)
+    return utility
+
+
+def yes_or_no(rng: np.random.Generator, right: tuple[float, float], size: int) -> tuple[Items, Items]:
+    """Two equal candidates on items of which some are harder; right: the chance of each benchmark."""
+    a, b = {}, {}
+    for name, p in zip(("sums", "mbpp"), right, strict=True):
+        hard = rng.random(size) * 0.4 - 0.2
+        a[name], b[name] = ((rng.random(size) < p + hard).astype(float) for _ in range(2))
+    return a, b
+
+
+@pytest.mark.parametrize("right", [(0.5, 0.5), (0.4, 0.75)])
+@pytest.mark.parametrize("spec", ["worst", "math; code >= 0.5"])
+@both
+def test_intervals_of_utilities_that_are_not_linear_cover_the_truth(
+    method: Method, spec: str, right: tuple[float, float]
+) -> None:
+    """At a kink, where both capabilities are the lowest or the floor is met exactly, and away from it."""
+    utility, rng = nonlinear(spec), np.random.default_rng(20)
+    truth = float(utility.of_means({"sums": np.array([right[0]]), "mbpp": np.array([right[1]])})[0])
+    alone = paired = 0
+    trials = 150
+    for seed in range(trials):
+        a, b = yes_or_no(rng, right, 100)
+        low, high = interval(utility, a, method=method, resamples=300, seed=seed)
+        alone += low <= truth <= high
+        difference = paired_difference(utility, a, b, method=method, resamples=300, seed=seed)
+        paired += difference.low <= 0 <= difference.high
+    # Binomial(150, 0.95) has a standard deviation of 1.8 percent.
+    assert 0.89 <= alone / trials < 1
+    assert paired / trials >= 0.90
+
+
+def test_a_linear_utility_written_as_a_formula_has_about_the_same_interval_by_simulation() -> None:
+    """What is simulated must agree with what is computed where both can be."""
+    linear = make_utility(CAPABILITIES, "math")
+    simulated = nonlinear("max(math, -10 * code)")  # math, in every draw
+    a, b = ({n: np.abs(x) for n, x in items.items()} for items in pair(np.random.default_rng(21)))
+    assert interval(simulated, a) == pytest.approx(interval(linear, a), rel=0.1)
+    exact, drawn = paired_difference(linear, a, b), paired_difference(simulated, a, b)
+    assert drawn.estimate == pytest.approx(exact.estimate)
+    few = {"sums": a["sums"][:3], "mbpp": a["mbpp"]}
+    assert interval(simulated, few, resamples=20000)[1] == pytest.approx(interval(linear, few)[1], rel=0.15)
+
+
+def test_pairing_counts_for_utilities_that_are_not_linear_too() -> None:
+    better, worse = pair(np.random.default_rng(3), gain=0.5)
+    utility = nonlinear("worst")
+    assert interval(utility, better)[0] < interval(utility, worse)[1]
+    assert paired_difference(utility, better, worse).low > 0
+    assert indistinguishable(utility, better, {"worse": worse}) == []
+    there, back = (paired_difference(utility, *order) for order in ((better, worse), (worse, better)))
+    assert there == pytest.approx((-back.estimate, -back.high, -back.low), rel=0.1)
+
+
+def test_identical_candidates_differ_by_exactly_0_under_any_utility() -> None:
+    a, _ = pair(np.random.default_rng(5))
+    assert paired_difference(nonlinear("worst"), a, dict(a)) == (0.0, 0.0, 0.0)
+
+
+def test_only_common_items_count_under_any_utility() -> None:
+    a, b = pair(np.random.default_rng(12))
+    utility = nonlinear("worst")
+    expected = paired_difference(
+        utility, {n: x[5:-3] for n, x in a.items()}, {n: x[5:-3] for n, x in b.items()}
+    )
+    for name in a:
+        a[name][:5], b[name][:5] = 100.0, np.nan
+        a[name][-3:], b[name][-3:] = np.nan, -100.0
+    assert paired_difference(utility, a, b) == expected
+    assert np.isfinite(interval(utility, a)).all()
+
+
+def test_where_a_utility_has_no_finite_value_nothing_is_known() -> None:
+    a, _ = pair(np.random.default_rng(22))
+    root = nonlinear("sqrt(math)")
+    below = {name: scores - 50 for name, scores in a.items()}
+    assert root(below) == -math.inf
+    assert interval(root, below) == (-math.inf, math.inf)
+    assert paired_difference(root, a, below)[1:] == (-math.inf, math.inf)
+    single = {"sums": a["sums"][:1], "mbpp": a["mbpp"]}
+    assert interval(nonlinear("worst"), single) == (-math.inf, math.inf)
+
+
+def test_the_engine_noise_of_a_utility_that_is_not_linear() -> None:
+    rng = np.random.default_rng(14)
+    utility = nonlinear("worst")
+    truth = {name: (rng.random(300) < p).astype(float) for name, p in {"sums": 0.5, "mbpp": 0.8}.items()}
+    pairs = [(noisy(rng, truth, 0.05), noisy(rng, truth, 0.05)) for _ in range(100)]
+    moved = [utility(a) - utility(b) for a, b in pairs]
+    noise = engine_noise(utility, pairs)
+    assert noise is not None
+    assert noise.standard_error == pytest.approx(np.std(moved), rel=0.2)
+    assert noise.largest == pytest.approx(np.abs(moved).max())
+    assert noise.flipped == pytest.approx(2 * 0.05 * 0.95, rel=0.15)
+    assert engine_noise(utility, [(truth, truth)]) == (0.0, 0.0, 0.0)
 
 
 def test_benchmarks_that_tell_nothing_apart() -> None:

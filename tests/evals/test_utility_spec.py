@@ -223,9 +223,9 @@ def test_deep_nesting_is_read_up_to_a_limit() -> None:
 @pytest.mark.parametrize("name", ["weights.yaml", "weights.yml", "weights.json"])
 def test_a_weights_file(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    path.write_text(json.dumps({"math": 3, "long-context": 1, "code": 0}))
+    path.write_text(json.dumps({"math": 3.000003, "long-context": 1.000001, "code": 0}))
     spec = parse_utility(f"{path}; math >= 0.4", NAMES)
-    assert spec.goal.affine == (0.0, {"math": 0.75, "long-context": 0.25})
+    assert spec.goal.affine == (0.0, pytest.approx({"math": 0.75, "long-context": 0.25}))
     assert spec.floors == (Floor("math", 0.4),)
     path.unlink()
     assert parse_utility(spec.text, NAMES) == spec  # the text needs no file: it is the contents that count
@@ -245,6 +245,7 @@ def test_a_weights_file(tmp_path: Path, name: str) -> None:
         ),
         ("math: '1'\n", "must be a finite number >= 0, but is '1'"),
         ("math: .nan\n", "must be a finite number >= 0, but is nan"),
+        ("math: .inf\n", "must be a finite number >= 0, but is inf"),
         ("math: 0\n", "must have a positive sum, but"),
         ("math: 1\nmath: 2\n", "weights.yaml:2: not valid YAML: key 'math' is given twice"),
         ("- math\n", "weights.yaml: must be a mapping"),
@@ -270,6 +271,7 @@ def test_floors_take_their_shortfall_off_with_a_factor() -> None:
 def test_shortfalls_are_reported_by_floor() -> None:
     objective = capability_objective("macro; all >= base; code>=0.1; math >= 0.75", NAMES, REFERENCES)
     assert objective.shortfalls(SCORES) == pytest.approx({"code >= base": 0.1, "math >= 0.75": 0.25})
+    assert capability_objective("math; code >= 0.2", NAMES).shortfalls(SCORES) == {}
     many = {name: np.array([score, 1.0]) for name, score in SCORES.items()}
     assert objective.shortfall(many) == pytest.approx([0.35, 0.0])
     assert capability_objective("macro", NAMES).shortfall(many) == pytest.approx([0.0, 0.0])
@@ -296,6 +298,8 @@ def test_floors_name_what_they_need() -> None:
         ("math; code >= 0.2 >= 0.1", "must be CAPABILITY >= LIMIT"),
         ("math; code >= nan", "must be a finite number or a reference"),
         ("math; code >= ", "must be CAPABILITY >= LIMIT"),
+        ("math; 'all' >= 0.1", "unknown capability 'all'"),
+        ("math; long >= 0.1", "unknown capability 'long'; known: code"),
         ("math;", "must be CAPABILITY >= LIMIT"),
         ("math; code >= bse", "names 'bse'; did you mean 'base'?"),
         ("math; code >= base + 0.1", "names 'base + 0.1'"),

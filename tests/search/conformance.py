@@ -4,7 +4,8 @@ import itertools
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 
 from mergemix.errors import ConfigError
 from mergemix.mixture import Mixture
-from mergemix.search import Search, open_search, snap, start_points
+from mergemix.search import Outcome, Search, open_search, snap, start_points
+from mergemix.search.constraints import Constraints
+from mergemix.search.region import Region
 
 Objective = Callable[[Mixture], float | None]
 
@@ -23,6 +26,7 @@ PRIOR = Mixture(NAMES, (0.1, 0.2, 0.3, 0.4))
 
 # The executors differ because each search's test class inherits the same test functions.
 several = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.differing_executors])
+constrained = settings(several, max_examples=8, suppress_health_check=list(HealthCheck))
 
 
 def bumpy(mixture: Mixture) -> float:
@@ -42,18 +46,80 @@ def drive(search: Search, objective: Objective = bumpy) -> list[Mixture]:
     return proposed
 
 
+class Pool:
+    """Several engines, of which any may be the next to finish; none ever waits while there is budget."""
+
+    def __init__(self, search: Search, workers: int, order: random.Random) -> None:
+        self.search, self.workers, self.order = search, workers, order
+
+    def drive(self, evaluate: Callable[[Mixture], Outcome]) -> list[Mixture]:
+        told: list[Mixture] = []
+        while not self.search.stop():
+            waiting = self.search.ask(self.workers)
+            left = self.search.budget - len(told)
+            stopped = not self.search.stop() and len(waiting) < min(self.workers, left)
+            assert not stopped or self.search._reasons, "an engine waits for others"
+            assert waiting, "there is something to do, or the search says why not"
+            mixture = self.order.choice(waiting)
+            self.search.tell([(mixture, evaluate(mixture))])
+            told.append(mixture)
+        return told
+
+
+def detailed(mixture: Mixture) -> Outcome:
+    """Capabilities and noise, a third of the candidates stopped early, some of them failed."""
+    number = int(1e4 * sum((k + 1) * weight for k, weight in enumerate(mixture.weights)))
+    if number % 7 == 0:
+        return Outcome(None)
+    skills = {"a": bumpy(mixture), "b": mixture.weights[0]}
+    stderr = 0.05 if number % 3 else 0.2
+    found = {name: (value + stderr * np.sin(number), stderr) for name, value in skills.items()}
+    return Outcome(float(mean_of({n: v for n, (v, _) in found.items()})), stderr / 2**0.5, found, number % 3 == 0)
+
+
+def mean_of(scores: Mapping[str, Any]) -> Any:
+    return sum(scores.values()) / len(scores)
+
+
+@st.composite
+def regions(draw: st.DrawFn) -> Region:
+    """Constraints on up to 17 domains that can be met: those that a mixture drawn first satisfies."""
+    k = draw(st.integers(2, 17))
+    names = tuple("abcdefghijklmnopq"[:k])
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    inside = np.array(snap(names, rng.dirichlet(np.full(k, draw(st.sampled_from([0.2, 1.0, 5.0]))))).weights)
+    slack = draw(st.sampled_from([0.0, 0.02, 0.3]))
+    chosen = [name for name in names if draw(st.booleans())]
+    share = dict(zip(names, inside.tolist(), strict=True))
+    limited = {
+        "max": {name: min(round(share[name] + slack, 4), 1.0) for name in chosen[::2]},
+        "min": {name: max(round(share[name] - slack, 4), 0.0) for name in chosen[1::2]},
+    }
+    if draw(st.booleans()):
+        prior = (inside + 1 / k) / 2
+        limited |= {"prior": dict(zip(names, prior.tolist(), strict=True)), "kl_limit": 0.4, "kl_penalty": 0.1}
+    return Constraints(**limited).region(names)
+
+
 class SearchConformance:
     kind: str
+    budget = 30  # of most tests; what costs more per proposal has less
+    long_budget = 40
+    longest_budget = 60
+    options: Mapping[str, Any] = {}
     seeded = True  # proposals depend on the seed
     groups: tuple[tuple[str, ...], ...] = ()  # layer groups
     continues = True  # a larger budget continues the proposals of a smaller one
 
-    def open(self, budget: int = 30, seed: int = 0, prior: Mixture | None = None, names=NAMES) -> Search:
-        return open_search(self.kind, names, budget=budget, seed=seed, prior=prior, groups=self.groups)
+    def open(self, budget: int | None = None, seed: int = 0, names=NAMES, **options: Any) -> Search:
+        budget = budget or self.budget
+        options = {"groups": self.groups, **self.options, **options}
+        return open_search(self.kind, names, budget=budget, seed=seed, **options)
 
     @several
     @given(st.integers(2, 7), st.integers(0, 2**32), st.integers(0, 40))
     def test_proposals_are_distinct_mixtures_within_the_budget(self, k, seed, extra):
+        extra = min(extra, self.long_budget - 8)
         names = tuple("abcdefg"[:k])
         search = self.open(budget=k + 1 + extra, seed=seed, names=names)
         proposed = drive(search, lambda mixture: float(np.sin(37 * np.array(mixture.weights)).sum()))
@@ -84,7 +150,8 @@ class SearchConformance:
     def test_same_proposals_in_another_process(self):
         code = (
             "from tests.search.conformance import drive, NAMES; from mergemix.search import open_search;"
-            f"print(drive(open_search({self.kind!r}, NAMES, budget=30, seed=5, groups={self.groups!r})))"
+            f"print(drive(open_search({self.kind!r}, NAMES, budget={self.budget}, seed=5, groups={self.groups!r}, "
+            f"**{dict(self.options)!r})))"
         )
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert run.stdout.strip() == repr(drive(self.open(seed=5)))
@@ -131,11 +198,11 @@ class SearchConformance:
         if not self.continues:
             assert self.open(budget=8).identity != self.open(budget=300).identity
             return
-        longest = drive(self.open(budget=60))
-        for budget in range(5, 60, 6):
+        longest = drive(self.open(budget=self.longest_budget))
+        for budget in range(5, self.longest_budget, self.longest_budget // 10):
             shorter = self.open(budget=budget)
             assert drive(shorter) == longest[:budget]
-            assert shorter.identity == self.open(budget=60).identity
+            assert shorter.identity == self.open(budget=self.longest_budget).identity
 
     def test_asking_again_gives_what_is_still_missing(self):
         search = self.open()
@@ -155,17 +222,17 @@ class SearchConformance:
     def test_failures_survive(self, every):
         def run(failure: float | None) -> list[Mixture]:
             calls = itertools.count(1)
-            search = self.open(budget=40)
+            search = self.open(budget=self.long_budget)
             return drive(search, lambda mixture: failure if next(calls) % every == 0 else bumpy(mixture))
 
         proposed = run(None)
-        assert len(set(proposed)) == len(proposed) >= 20
+        assert len(set(proposed)) == len(proposed) >= self.long_budget // 2
         for not_a_score in (float("nan"), float("-inf"), float("inf")):
             assert run(not_a_score) == proposed
 
     def test_equal_scores_do_not_break_it(self):
-        search = self.open(budget=40)
-        assert len(drive(search, lambda mixture: 0.0)) >= 20
+        search = self.open(budget=self.long_budget)
+        assert len(drive(search, lambda mixture: 0.0)) >= self.long_budget // 2
         assert search.stop()
 
     def test_identity_names_the_search_and_its_prior(self):
@@ -180,6 +247,62 @@ class SearchConformance:
             self.open(budget=4)
         with pytest.raises(ConfigError, match=r"6 start points.*the prior"):
             self.open(budget=5, prior=PRIOR)
+
+    @constrained
+    @given(regions(), st.integers(0, 3), st.integers(1, 3))
+    def test_proposals_are_inside_the_region(self, region, seed, batch):
+        starts = region.start_points()
+        search = self.open(len(starts) + 8, seed, names=region.names, region=region, batch=batch)
+        proposed = drive(search, lambda mixture: float(np.sin(37 * np.array(mixture.weights)).sum()))
+        assert proposed[: len(starts)] == starts
+        assert len(set(proposed)) == len(proposed) <= len(starts) + 8
+        assert all(region.contains(mixture) for mixture in proposed)
+        assert search.identity.get("constraints", {}) == region.describe()
+
+    @constrained
+    @given(st.integers(2, 6), st.randoms(use_true_random=False))
+    def test_no_engine_waits_for_others(self, workers, order):
+        search = self.open()
+        told = Pool(search, workers, order).drive(lambda mixture: Outcome(bumpy(mixture)))
+        assert len(set(told)) == len(told) <= search.budget
+
+    @pytest.mark.parametrize("modelled", [False, True])
+    def test_capabilities_partial_results_and_failures(self, modelled):
+        def run(order: int) -> list[Mixture]:
+            search = self.open()
+            search.objective = mean_of if modelled else None
+            return Pool(search, 3, random.Random(order)).drive(detailed)
+
+        assert run(1) == run(1)
+        assert len(set(run(2))) > self.budget // 2
+
+    @pytest.mark.parametrize("same", [True, False])
+    def test_evidence_from_elsewhere(self, same):
+        """Of more domains than there are now, with failures, and of the base, which is no mixture."""
+        rng = np.random.default_rng(0)
+        old = (*NAMES, "gone")
+        shares = [(*row, 0.0) for row in rng.dirichlet(np.ones(4), 12)] + [tuple(np.eye(5)[4]), (0.0,) * 5]
+        evidence = [(Mixture(old, row), Outcome(bumpy(Mixture(NAMES, row[:4])), 0.1)) for row in shares]
+        evidence += [(PRIOR, Outcome(None)), (Mixture.uniform(NAMES), Outcome(0.3))]
+
+        def run() -> list[Mixture]:
+            search = self.open()
+            search.learn(evidence, same=same)
+            return drive(search)
+
+        proposed = run()
+        assert proposed == run()
+        assert proposed[:5] == start_points(NAMES)
+        assert len(set(proposed)) == len(proposed)
+
+    def test_it_recommends_what_it_knows_to_be_good(self):
+        search = self.open()
+        assert search.recommend() is None
+        drive(search, lambda mixture: -float(((np.array(mixture.weights) - 0.25) ** 2).sum()))
+        mixture, mean, sd = search.recommend()
+        assert max(abs(weight - 0.25) for weight in mixture.weights) < 0.2
+        assert abs(mean) < 0.1
+        assert 0 <= sd < 0.3
 
     def test_one_expert_is_refused(self):
         with pytest.raises(ConfigError, match=r"at least two experts.*got 1"):

@@ -7,13 +7,47 @@ import pytest
 
 from mergemix.errors import ConfigError
 from mergemix.mixture import Mixture
-from mergemix.search import SEARCHES, open_search
+from mergemix.search import SEARCHES, open_search, posterior
 from mergemix.search.simplex import lattice
 from tests.search.conformance import NAMES, SearchConformance, drive
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _fits_are_shared():
+    """The same scores are fitted once in all tests: most run the same search several times."""
+    fits: dict[object, object] = {}
+    fit = posterior._remembered
+
+    def shared(memory, name, surrogate, parts, seed):
+        key = (surrogate, seed, *(None if part is None else part.tobytes() for part in parts))
+        if key not in fits:
+            fits[key] = fit({}, name, surrogate, parts, seed)
+        return fits[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(posterior, "_remembered", shared)
+        yield
+
+
 class TestCma(SearchConformance):
     kind = "cma"
+
+
+class TestBo(SearchConformance):
+    kind = "bo"
+    budget = 12
+    long_budget = 16
+    longest_budget = 20
+
+
+class TestSurrogate(SearchConformance):
+    """With the cheapest surrogate; the others are tried by themselves."""
+
+    kind = "surrogate"
+    budget = 14
+    long_budget = 16
+    options = {"surrogate": "loglinear"}
+    continues = False
 
 
 class TestRandom(SearchConformance):
@@ -101,7 +135,7 @@ def test_every_search_has_a_conformance_class():
 
 
 def test_an_unknown_search_is_refused():
-    with pytest.raises(ConfigError, match="one of cma, random, grid, but is 'annealing'"):
+    with pytest.raises(ConfigError, match="one of cma, bo, surrogate, random, grid, but is 'annealing'"):
         open_search("annealing", NAMES, budget=10)
 
 

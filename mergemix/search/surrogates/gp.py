@@ -15,11 +15,12 @@ shrink the w_k towards each other, without which 40 points cannot carry 17 of th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
 
-from mergemix.search.surrogates.base import Prediction, Surrogate, checked
+from mergemix.search.surrogates.base import Data, Prediction, Surrogate, checked
 
 # Of the logarithms of the hyperparameters, for scores of standard deviation 1: (start = prior mean, prior sd).
 AMPLITUDE = (-0.5, 1.5)
@@ -32,9 +33,8 @@ REACH = 4.0  # prior standard deviations that the optimiser may go from the mean
 CONSTANT_VAR = 4.0
 JITTER = 1e-8
 NUM_GLOBAL = 5
-MANY = 150  # with more points than this, hyperparameters are first fitted on so many of them
-ITERATIONS, FINAL_ITERATIONS, FOLD_ITERATIONS = 100, 12, 20
-FOLDS, MORE_FOLDS, FEW = 5, 10, 80
+MANY = 120  # with more points than this, hyperparameters are first fitted on so many of them
+ITERATIONS, FINAL_ITERATIONS, FOLD_ITERATIONS = 80, 6, 20
 
 
 class Kernel(NamedTuple):
@@ -74,52 +74,39 @@ def squared_distances(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 class GaussianProcess(Surrogate):
-    """See the module. After `fit`: `kernel`, `num_points`; `loo` holds leave-one-out predictions of the scores."""
+    """See the module. After `fit`: `kernel`, `num_points`."""
 
     name = "gp"
+    title = "a Gaussian process on warped shares"
 
     def needs(self, k: int) -> int:
         return 3
 
-    @property
-    def title(self) -> str:
-        return "a Gaussian process on warped shares"
-
-    def _fit(self, shares: np.ndarray, scores: np.ndarray, noise_var: np.ndarray | None, seed: int) -> None:
-        self._centre, self._scale = float(scores.mean()), float(scores.std())
-        self._known_noise = None if noise_var is None else noise_var / self._scale**2
-        known = np.zeros(len(scores)) if self._known_noise is None else self._known_noise
-        standard = (scores - self._centre) / self._scale
-        self.theta = _fitted_theta(shares, standard, known, seed)
+    def _fit(self, data: Data, seed: int) -> None:
+        self._centre, self._scale = float(data.scores.mean()), float(data.scores.std())
+        self._measured = data.mean_noise_var / self._scale**2
+        parts = self._parts(data)
+        self.theta = _fitted_theta(*parts, seed)
         self.kernel = Kernel.of(self.theta)
-        self._inflation = 1.0
-        self._hold(shares, standard, known)
-        self._inflation = self._calibrated(seed)
+        self._hold(*parts)
 
-    def _calibrated(self, seed: int) -> float:
-        """By how much the intervals must widen: the likelihood takes its best hyperparameters for the true ones.
+    def _parts(self, data: Data) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(shares, scores, known noise variance), the last two standardised."""
+        known = np.zeros(len(data.scores)) if data.noise_var is None else data.noise_var / self._scale**2
+        return data.shares, (data.scores - self._centre) / self._scale, known
 
-        Folds are left out and predicted with hyperparameters that have not seen them.
-        """
-        shares, standard, known = self.shares, self._standard, self._known
-        n = len(standard)
-        start = (self.theta + _priors(shares.shape[1])[0]) / 2
-        chosen = np.random.default_rng((seed, 1)).permutation(n)[:MANY]
-        off = np.empty(len(chosen))
-        count = MORE_FOLDS if n <= FEW else FOLDS
-        for fold in range(count):
-            held = np.arange(len(chosen)) % count == fold
-            if not held.any():
-                continue
-            kept = chosen[~held]
-            other = object.__new__(type(self))
-            other.__dict__.update(self.__dict__)
-            other.kernel = Kernel.of(_best_theta(start, shares[kept], standard[kept], known[kept], FOLD_ITERATIONS))
-            other._hold(shares[kept], standard[kept], known[kept])
-            found = other._predict(shares[chosen[held]])
-            total = np.sqrt(found.sd**2 + (self._scale * other.kernel.nugget) ** 2 + self._scale**2 * known[chosen[held]])
-            off[held] = (self._centre + self._scale * standard[chosen[held]] - found.mean) / total
-        return float(np.clip(np.sqrt(np.mean(off**2)), 1.0, 3.0))
+    def _refitted(self, data: Data, seed: int) -> Surrogate:
+        """Hyperparameters are sought again from halfway to where every search for them starts."""
+        if self._stand_in is not None:
+            return super()._refitted(data, seed)
+        other = type(self)()
+        other._centre, other._scale, other._measured = self._centre, self._scale, self._measured
+        parts = other._parts(data)
+        start = (self.theta + _priors(data.shares.shape[1])[0]) / 2
+        other.theta = _best_theta(start, *_some(parts, seed), FOLD_ITERATIONS)
+        other.kernel = Kernel.of(other.theta)
+        other._hold(*parts)
+        return other
 
     def _hold(self, shares: np.ndarray, standard: np.ndarray, known: np.ndarray) -> None:
         from scipy.linalg import cho_solve, cholesky
@@ -137,18 +124,12 @@ class GaussianProcess(Surrogate):
 
     def condition(self, shares: np.ndarray, scores: np.ndarray, noise_var: np.ndarray | None = None) -> Self:
         """The same process given more measurements (m, K), (m,); hyperparameters stay. For points that are pending."""
-        shares, scores, noise_var = checked(shares, scores, noise_var)
         more = object.__new__(type(self))
         more.__dict__.update(self.__dict__)
-        if self._stand_in is not None:
-            return more
-        extra = np.zeros(len(scores)) if noise_var is None else noise_var / self._scale**2
-        standard = (scores - self._centre) / self._scale
-        more._hold(
-            np.concatenate([self.shares, shares]),
-            np.concatenate([self._standard, standard]),
-            np.concatenate([self._known, extra]),
-        )
+        if self._stand_in is None:
+            added = self._parts(Data(*checked(shares, scores, noise_var)))
+            held = (self.shares, self._standard, self._known)
+            more._hold(*(np.concatenate(pair) for pair in zip(held, added, strict=True)))
         return more
 
     def _predict(self, shares: np.ndarray) -> Prediction:
@@ -159,12 +140,8 @@ class GaussianProcess(Surrogate):
         reduced = solve_triangular(self._root, cross.T, lower=True, check_finite=False)
         variance = np.maximum(self.kernel.variance(u) - (reduced**2).sum(axis=0), JITTER)
         mean = self._centre + self._scale * (cross @ self._solved)
-        sd = self._inflation * self._scale * np.sqrt(variance)
-        return Prediction(mean, sd, np.full(len(u), self._noise_sd()), self._freedom())
-
-    def _noise_sd(self) -> float:
-        measured = 0.0 if self._known_noise is None else float(self._known_noise.mean())
-        return self._inflation * self._scale * math.sqrt(self.kernel.nugget**2 + measured)
+        noise_sd = self._scale * math.sqrt(self.kernel.nugget**2 + self._measured)
+        return Prediction(mean, self._scale * np.sqrt(variance), np.full(len(u), noise_sd), self._freedom())
 
     def _freedom(self) -> float:
         return float(max(self.num_points - 3, 2))
@@ -199,12 +176,15 @@ def _priors(k: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _fitted_theta(shares: np.ndarray, scores: np.ndarray, known: np.ndarray, seed: int) -> np.ndarray:
     """Logarithms of the hyperparameters with the highest posterior density; from a subset first where there are many."""
-    start, iterations = _priors(shares.shape[1])[0], ITERATIONS
-    if len(scores) > MANY:
-        some = np.sort(np.random.default_rng(seed).permutation(len(scores))[:MANY])
-        start = _best_theta(start, shares[some], scores[some], known[some], ITERATIONS)
-        iterations = FINAL_ITERATIONS
-    return _best_theta(start, shares, scores, known, iterations)
+    parts = (shares, scores, known)
+    theta = _best_theta(_priors(shares.shape[1])[0], *_some(parts, seed), ITERATIONS)
+    return theta if len(scores) <= MANY else _best_theta(theta, *parts, FINAL_ITERATIONS)
+
+
+def _some(parts: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
+    """MANY of the points, drawn at random, or all."""
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(parts[0]))[:MANY])
+    return [part[chosen] for part in parts]
 
 
 def _best_theta(
@@ -225,12 +205,14 @@ def negative_log_posterior(
     theta: np.ndarray, shares: np.ndarray, scores: np.ndarray, known: np.ndarray
 ) -> tuple[float, np.ndarray]:
     """(value, gradient (5 + K,)) of minus the log of marginal likelihood times priors, up to a constant."""
-    from scipy.linalg import LinAlgError, cho_solve, cholesky
+    from scipy.linalg import LinAlgError, cholesky
+    from scipy.linalg.lapack import dpotri
 
     n, k = shares.shape
     kernel = Kernel.of(theta)
     u = kernel.warped(shares)
-    scaled = np.sqrt(5 * squared_distances(u, u)) / kernel.length
+    apart = squared_distances(u, u)
+    scaled = np.sqrt(5 * apart) / kernel.length
     decay = np.exp(-scaled)
     matern = (1 + scaled + scaled**2 / 3) * decay
     inner = u @ u.T
@@ -241,7 +223,8 @@ def negative_log_posterior(
         root = cholesky(total, lower=True, check_finite=False)
     except LinAlgError:
         return 1e10, np.zeros_like(theta)
-    inverse = cho_solve((root, True), np.eye(n), check_finite=False)
+    lower, _ = dpotri(root, lower=1)
+    inverse = np.tril(lower) + np.tril(lower, -1).T
     solved = inverse @ scores
     off = (theta - mean) / sd
     value = 0.5 * scores @ solved + np.log(np.diag(root)).sum() + 0.5 * off @ off
@@ -254,7 +237,7 @@ def negative_log_posterior(
     gradient = np.empty_like(theta)
     gradient[0] = 2 * kernel.amplitude**2 * (slope * matern).sum()
     gradient[1] = 2 * kernel.trend**2 * (slope * inner).sum()
-    gradient[2] = -2 * (by_distance * squared_distances(u, u)).sum()
+    gradient[2] = -2 * (by_distance * apart).sum()
     gradient[3] = (by_u * _by_share(kernel, shares, u)).sum()
     gradient[4] = 2 * kernel.nugget**2 * np.trace(slope)
     gradient[NUM_GLOBAL:] = (by_u * u).sum(axis=0)

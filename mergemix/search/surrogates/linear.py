@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from mergemix.search.surrogates.base import Prediction, Surrogate
+from mergemix.search.surrogates.base import Data, Prediction, Surrogate
 
 # Of the penalty, in units of the mean square of a feature times the number of points.
 PENALTIES = 10.0 ** np.arange(-5.0, 1.6, 0.5)
@@ -81,48 +82,43 @@ class Constant(Surrogate):
     """The mean of the scores, everywhere."""
 
     name = "constant"
+    title = "the mean of the scores"
 
     def needs(self, k: int) -> int:
         return 1
 
-    @property
-    def title(self) -> str:
-        return "the mean of the scores"
-
-    def _simpler(self, n: int, k: int, scores: np.ndarray) -> None:
+    def _simpler(self, data: Data) -> None:
         return None
 
-    def _fit(self, shares: np.ndarray, scores: np.ndarray, noise_var: np.ndarray | None, seed: int) -> None:
-        n = len(scores)
-        self._mean = float(scores.mean())
-        spread = float(scores.std(ddof=1)) if n > 1 else 0.0
-        measured = 0.0 if noise_var is None else float(np.sqrt(noise_var.mean()))
+    def _fit(self, data: Data, seed: int) -> None:
+        self._num, self._mean = len(data.scores), float(data.scores.mean())
+        spread = float(data.scores.std(ddof=1)) if self._num > 1 else 0.0
         # A single score says nothing of its spread: only the noise of measurement is left, if that is known.
-        self._noise_sd = max(spread, measured)
-        self._sd = self._noise_sd / np.sqrt(n)
-        self._freedom = float(max(n - 1, 1))
-        self.loo = scores if n == 1 else (n * self._mean - scores) / (n - 1)
+        self._noise_sd = max(spread, math.sqrt(data.mean_noise_var))
 
     def _predict(self, shares: np.ndarray) -> Prediction:
         ones = np.ones(len(shares))
-        return Prediction(self._mean * ones, self._sd * ones, self._noise_sd * ones, self._freedom)
+        sd = self._noise_sd / math.sqrt(self._num)
+        return Prediction(self._mean * ones, sd * ones, self._noise_sd * ones, self._freedom())
+
+    def _freedom(self) -> float:
+        return float(max(self._num - 1, 1))
 
 
 class LinearRidge(Surrogate):
     """A plane over the shares."""
 
     name = "linear"
+    title = "a plane (ridge regression on the shares)"
 
     def needs(self, k: int) -> int:
         return 4
 
-    @property
-    def title(self) -> str:
-        return "a plane (ridge regression on the shares)"
-
-    def _fit(self, shares: np.ndarray, scores: np.ndarray, noise_var: np.ndarray | None, seed: int) -> None:
-        self._ridge = Ridge.fit(shares, scores, noise_var)
-        self.loo = self._ridge.loo
+    def _fit(self, data: Data, seed: int) -> None:
+        self._ridge = Ridge.fit(*data)
 
     def _predict(self, shares: np.ndarray) -> Prediction:
         return self._ridge.predict(shares)
+
+    def _freedom(self) -> float:
+        return self._ridge.freedom

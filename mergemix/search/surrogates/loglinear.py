@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mergemix.search.surrogates.base import Prediction, Surrogate
+from mergemix.search.surrogates.base import Data, Prediction, Surrogate
 from mergemix.search.surrogates.linear import Ridge
 
 SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # e above
@@ -24,22 +24,23 @@ class LogLinear(Surrogate):
     """See the module. After `fit`: `form`, which of the two it is, in words."""
 
     name = "loglinear"
+    title = "linear in logarithms of the shares"
 
     def needs(self, k: int) -> int:
         return 6
 
-    @property
-    def title(self) -> str:
-        return "linear in logarithms of the shares"
+    def _freedom(self) -> float:
+        return self._ridge.freedom
 
-    def _fit(self, shares: np.ndarray, scores: np.ndarray, noise_var: np.ndarray | None, seed: int) -> None:
+    def _fit(self, data: Data, seed: int) -> None:
+        shares, scores, noise_var = data
         best = np.inf
         for share in SHARES:
             ridge = Ridge.fit(logs(shares, share), scores, noise_var)
             error = float(np.mean((ridge.loo - scores) ** 2))
             if error < best:
                 best = error
-                self._ridge, self._share, self._sign, self._floor, self.loo = ridge, share, 0, 0.0, ridge.loo
+                self._ridge, self._share, self._sign, self._floor = ridge, share, 0, 0.0
         reach = float(np.ptp(scores))
         for sign in (1, -1):
             for gap in FLOORS:
@@ -50,7 +51,7 @@ class LogLinear(Surrogate):
                 error = float(np.mean((loo - scores) ** 2))
                 if error < best:
                     best = error
-                    self._ridge, self._sign, self._floor, self.loo = ridge, sign, floor, loo
+                    self._ridge, self._sign, self._floor = ridge, sign, floor
 
     @property
     def form(self) -> str:

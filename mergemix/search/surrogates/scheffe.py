@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mergemix.search.surrogates.base import Prediction, Surrogate
+from mergemix.search.surrogates.base import Data, Prediction, Surrogate
 from mergemix.search.surrogates.linear import Ridge
 
 PRODUCT_SCALES = (0.3, 1.0, 3.0)  # of the products beside the shares: the larger, the less they are penalised
@@ -15,20 +15,18 @@ PRODUCT_SCALES = (0.3, 1.0, 3.0)  # of the products beside the shares: the large
 
 class Scheffe(Surrogate):
     name = "scheffe"
+    title = "Scheffé's quadratic"
 
     def needs(self, k: int) -> int:
         return k + 3
 
-    @property
-    def title(self) -> str:
-        return "Scheffé's quadratic"
+    def _freedom(self) -> float:
+        return self._ridge.freedom
 
-    def _fit(self, shares: np.ndarray, scores: np.ndarray, noise_var: np.ndarray | None, seed: int) -> None:
-        fits = [
-            (scale, Ridge.fit(quadratic(shares, scale), scores, noise_var)) for scale in PRODUCT_SCALES
-        ]
+    def _fit(self, data: Data, seed: int) -> None:
+        shares, scores, noise_var = data
+        fits = [(scale, Ridge.fit(quadratic(shares, scale), scores, noise_var)) for scale in PRODUCT_SCALES]
         self._scale, self._ridge = min(fits, key=lambda fit: float(np.mean((fit[1].loo - scores) ** 2)))
-        self.loo = self._ridge.loo
 
     def _predict(self, shares: np.ndarray) -> Prediction:
         return self._ridge.predict(quadratic(shares, self._scale))

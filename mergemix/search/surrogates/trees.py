@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
-from mergemix.search.surrogates.base import Prediction, Surrogate
-from mergemix.search.surrogates.folds import out_of_fold
+from mergemix.search.surrogates.base import Data, Prediction, Surrogate
 
 # Fit for 40 points: trees of few leaves, each of few points, and an average over bagged seeds.
 PARAMETERS: dict[str, Any] = {
@@ -25,59 +25,41 @@ PARAMETERS: dict[str, Any] = {
     "force_row_wise": True,
 }
 ROUNDS = 300
-SEEDS = 3
-FOLDS = 5
+SEEDS, MANY = 3, 250  # one seed where there are more points than that
 
 
 class LightGBM(Surrogate):
-    """Its spread is that of points left out in folds, the same everywhere: trees know no distance."""
+    """Its spread is that of points left out, the same everywhere: trees know no distance."""
 
     name = "lightgbm"
+    title = "LightGBM"
 
     def needs(self, k: int) -> int:
         return 10
 
-    @property
-    def title(self) -> str:
-        return "LightGBM"
-
-    def _fit(self, shares: np.ndarray, scores: np.ndarray, noise_var: np.ndarray | None, seed: int) -> None:
-        self._boosters = _trained(shares, scores, noise_var, seed)
-        self.loo = out_of_fold(
-            lambda kept, held: _average(
-                _trained(
-                    shares[kept], scores[kept], None if noise_var is None else noise_var[kept], seed
-                ),
-                shares[held],
-            ),
-            len(scores),
-            FOLDS,
-            seed,
-        )
-        self._spread = float(np.sqrt(np.mean((scores - self.loo) ** 2)))
-        known = 0.0 if noise_var is None else float(noise_var.mean())
-        self._noise_sd = float(np.sqrt(min(known, self._spread**2))) if known else self._spread / 2
-        self._freedom = float(max(len(scores) // 2, 2))
+    def _fit(self, data: Data, seed: int) -> None:
+        seeds = SEEDS if len(data.scores) <= MANY else 1
+        self._boosters = [_trained(data, 1000 * seed + number) for number in range(seeds)]
+        self._num = len(data.scores)
+        # Without knowledge, half the variance of what is missed counts as noise; the size is cross-validated.
+        spread = float(data.scores.std())
+        noise = data.mean_noise_var if data.noise_var is not None else spread**2 / 2
+        self._noise_sd = math.sqrt(min(noise, spread**2))
+        self._sd = math.sqrt(spread**2 - self._noise_sd**2)
 
     def _predict(self, shares: np.ndarray) -> Prediction:
         ones = np.ones(len(shares))
-        sd = float(np.sqrt(max(self._spread**2 - self._noise_sd**2, 0.0)))
-        return Prediction(
-            _average(self._boosters, shares), sd * ones, self._noise_sd * ones, self._freedom
-        )
+        mean = np.mean([booster.predict(shares) for booster in self._boosters], axis=0)
+        return Prediction(mean, self._sd * ones, self._noise_sd * ones, self._freedom())
+
+    def _freedom(self) -> float:
+        return float(max(self._num // 2, 2))
 
 
-def _trained(shares: np.ndarray, scores: np.ndarray, noise_var: np.ndarray | None, seed: int) -> list[Any]:
+def _trained(data: Data, seed: int) -> Any:
     import lightgbm
 
+    shares, scores, noise_var = data
     weights = None if noise_var is None else 1 / (noise_var + 0.1 * scores.var())
-    data = lightgbm.Dataset(
-        shares, scores, weight=weights, params={"verbose": -1, "min_data_in_bin": 1}, free_raw_data=False
-    )
-    return [
-        lightgbm.train({**PARAMETERS, "seed": 1000 * seed + number}, data, ROUNDS) for number in range(SEEDS)
-    ]
-
-
-def _average(boosters: list[Any], shares: np.ndarray) -> np.ndarray:
-    return np.mean([booster.predict(shares) for booster in boosters], axis=0)
+    table = lightgbm.Dataset(shares, scores, weight=weights, params={"verbose": -1, "min_data_in_bin": 1})
+    return lightgbm.train({**PARAMETERS, "seed": seed}, table, ROUNDS)

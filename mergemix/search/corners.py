@@ -1,0 +1,91 @@
+"""The corners of a region."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from mergemix.mixture import Mixture
+from mergemix.search import kl
+from mergemix.search.polytope import Polytope
+from mergemix.search.region import Region
+from mergemix.search.simplex import UNITS
+
+VISITS = 20_000  # partial corners of one length, before there are too many
+
+
+def vertices(region: Region, limit: int) -> list[Mixture]:
+    """The corners of the region, all of them if it has at most `limit` and only bounds on single domains.
+
+    Otherwise up to `limit` of them, where random linear functions are largest; with a KL limit, where the way from
+    the centre to the corner leaves it. Remembered: every maximisation over a region asks for them.
+    """
+    return list(_vertices(region, limit))
+
+
+@lru_cache(maxsize=16)
+def _vertices(region: Region, limit: int) -> tuple[Mixture, ...]:
+    polytope = region.polytope
+    points = corners(polytope, limit)
+    if points is None:
+        rng = np.random.default_rng(0)
+        found: dict[tuple[float, ...], None] = {}
+        for _ in range(2 * limit):
+            found[tuple(_highest(polytope, rng.standard_normal(polytope.k)))] = None
+            if len(found) == limit:
+                break
+        points = np.array(list(found))
+    if region.kl_limit is not None:
+        points = kl.draw_inside(np.array(region.prior), region.kl_limit, region.center, points)
+    return tuple(dict.fromkeys(region.snap(point) for point in points))
+
+
+def _highest(polytope: Polytope, slopes: np.ndarray) -> np.ndarray:
+    """The corner (K,) where a linear function is largest."""
+    if not polytope.rows.size:
+        units = polytope.lower.copy()
+        rest = UNITS - units.sum()
+        for k in np.argsort(-slopes):  # all that is free to the best domain, then to the next
+            units[k] += min(rest, polytope.upper[k] - units[k])
+            rest = UNITS - units.sum()
+        return units / UNITS
+    from scipy.optimize import linprog
+
+    above = np.vstack([polytope.rows, -polytope.rows])
+    rests = np.append(polytope.row_upper, -polytope.row_lower)
+    bounds = np.column_stack([polytope.lower, polytope.upper])
+    found = linprog(-slopes, above, rests, np.ones((1, polytope.k)), [UNITS], bounds, method="highs-ds")
+    return polytope.center if found.x is None else found.x / UNITS
+
+
+def corners(polytope: Polytope, most: int) -> np.ndarray | None:
+    """All corners (n, K) under bounds on single domains; None when there are more than `most`, or other bounds.
+
+    At a corner all domains but one are at one of their bounds, and that one gets what is left.
+    """
+    if polytope.rows.size:
+        return None
+    found: dict[tuple[int, ...], None] = {}
+    for free in range(polytope.k):
+        order = [k for k in range(polytope.k) if k != free]
+        lower, upper = polytope.lower[[*order, free]], polytope.upper[[*order, free]]
+        least, largest = (
+            np.cumsum(lower[::-1])[::-1],
+            np.cumsum(upper[::-1])[::-1],
+        )  # of this and all that follow
+        partial: list[tuple[tuple[int, ...], float]] = [((), float(UNITS))]  # units so far, and what is left
+        for k in range(polytope.k - 1):
+            partial = [
+                ((*units, int(end)), rest - end)
+                for units, rest in partial
+                for end in dict.fromkeys((lower[k], upper[k]))
+                if least[k + 1] <= rest - end <= largest[k + 1]
+            ]
+            if len(partial) > VISITS:
+                return None
+        for units, rest in partial:
+            found[(*units[:free], int(rest), *units[free:])] = None
+        if len(found) > most:
+            return None
+    return np.array(list(found)) / UNITS
