@@ -91,7 +91,7 @@ def run(*, console: Console, config: Path | None, **options: Any) -> tuple[dict[
     settings = run_config(config, options)  # first: a mistake is told before the heavy imports
 
     from mergemix.report.progress import RunProgress
-    from mergemix.report.tables import run_table
+    from mergemix.report.run_tables import run_table
     from mergemix.run import run as run_study
 
     with resumable(settings.study), RunProgress(console) as progress:
@@ -416,7 +416,7 @@ def demo(
     """The whole story on models it makes itself: train experts, search their mixture, show the answer."""
     from mergemix.demo import prepare_demo
     from mergemix.report.progress import RunProgress
-    from mergemix.report.tables import demo_table
+    from mergemix.report.run_tables import demo_table
     from mergemix.run import run as run_study
 
     with resumable(out), RunProgress(console) as progress:

@@ -1,4 +1,4 @@
-"""`mergemix fit`: surrogates of measured mixtures, how well they predict, and the mixture that they predict to be best."""
+"""`mergemix fit`: surrogates of measured mixtures, how well they predict, and which mixture they predict to be best."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _optimum(
     scores = sign * target_scores(train)[target]
     rng = np.random.default_rng(seed)
     shares = maximize(
-        lambda points: sign * fitted[target].predict(points).mean,
+        lambda points: sign * fitted[target].mean(points),
         region,
         rng,
         starts=train.shares[np.argsort(-scores)[:5]],

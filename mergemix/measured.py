@@ -40,7 +40,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Measured:
-    """n runs. shares: (n, K), each row of sum 1. scores: (n, metrics). notes, warnings: what was done about the data."""
+    """n runs. shares: (n, K), each row of sum 1. scores: (n, metrics). notes, warnings: what was done about them."""
 
     domains: tuple[str, ...]
     metrics: tuple[str, ...]
@@ -99,7 +99,7 @@ def read_table(path: Path) -> Table:
     for line, row in zip(lines[1:], rows[1:], strict=True):
         if len(row) != len(header):
             raise ConfigError(
-                f"{path}, line {line}: each row must have {len(header)} cells like the header, but this one has {len(row)}"
+                f"{path}, line {line}: each row must have {len(header)} cells like the header, but this has {len(row)}"
             )
     values = [
         [_number(cell, path, line, name) for cell, name in zip(row[num_ids:], columns, strict=True)]

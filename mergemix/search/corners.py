@@ -12,6 +12,7 @@ from mergemix.search.polytope import Polytope
 from mergemix.search.region import Region
 from mergemix.search.simplex import UNITS
 
+MAX_REPEATS = 16  # known corners in a row, before all are taken to be known
 VISITS = 20_000  # partial corners of one length, before there are too many
 
 
@@ -31,10 +32,11 @@ def _vertices(region: Region, limit: int) -> tuple[Mixture, ...]:
     if points is None:
         rng = np.random.default_rng(0)
         found: dict[tuple[float, ...], None] = {}
-        for _ in range(2 * limit):
+        repeats = 0
+        while len(found) < limit and repeats < MAX_REPEATS:
+            before = len(found)
             found[tuple(_highest(polytope, rng.standard_normal(polytope.k)))] = None
-            if len(found) == limit:
-                break
+            repeats = repeats + 1 if len(found) == before else 0
         points = np.array(list(found))
     if region.kl_limit is not None:
         points = kl.draw_inside(np.array(region.prior), region.kl_limit, region.center, points)

@@ -26,6 +26,9 @@ from mergemix.search.simplex import UNITS
 
 CONFIDENCE = 0.95
 DRAWS = 2000
+# With more measured mixtures than these the Gaussian process alone is fitted: it is then the best of the surrogates on
+# the RegMix data (Spearman 0.974, LightGBM 0.960, of 512 points), and stacking takes more than twice as long.
+FEW = 200
 # Of more measured mixtures than these, only the best are starts of the maximisation: each costs a few predictions.
 STARTS = 16
 
@@ -196,19 +199,13 @@ def fit_models(
     """
     from mergemix.search.surrogates import open_surrogate
 
-    usable = [
-        (mixture, outcome)
-        for mixture, outcome in observations
-        if not mixture.groups
-        and mixture.names == tuple(names)
-        and mixture.base_weight == 0.0
-        and min(mixture.weights) >= 0
-    ]
-    data = measured(usable, objective)
+    own = [(m, outcome) for m, outcome in observations if m.names == tuple(names) and min(m.weights) >= 0]
+    data = measured(own, objective)
     if not len(data):
         raise ValueError("a decision needs a measured mixture of data")
+    kind = "auto" if len(data) <= FEW else "gp"
     fitted = {
-        name: open_surrogate("auto").fit(
+        name: open_surrogate(kind).fit(
             data.shares, scores, data.noise[name] if data.noise[name].any() else None, seed=seed
         )
         for name, scores in data.scores.items()

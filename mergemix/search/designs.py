@@ -17,10 +17,9 @@ from mergemix.search.simplex import UNITS
 CANDIDATES = 2000  # points that the optimal designs choose from, besides the vertices
 CORNERS = 128
 SWEEPS = 3  # of exchanges over a whole design
-TRIES = 50  # draws per wanted mixture
-VISITS = (
-    20_000  # nodes of the tree of lattice points, besides those of points inside, before there are too many
-)
+TRIES = 20  # draws per wanted mixture
+VISITS = 20_000  # nodes of the tree of lattice points, before there are too many
+TOTAL_VISITS = 100_000  # likewise, of all lattices tried: in a thin region most have no point inside
 RIDGE = 1e-3  # prior precision per coefficient (DuMouchel & Jones 1994): fewer points than coefficients are allowed
 
 
@@ -31,22 +30,24 @@ def lattice(region: Region, count: int) -> list[Mixture]:
     without them of the shares themselves. [] when every lattice with a point inside has more than `count`.
     """
     best: list[Mixture] = []
+    visits = 0
     for steps in range(1, min(UNITS, 4 * count + 100) + 1):  # a line has steps + 1 points, other regions more
-        points = _lattice(region, steps, count)
-        if points is None:
+        points, visited = _lattice(region, steps, count)
+        visits += visited
+        if points is None or visits > TOTAL_VISITS:
             break
         if len(points) > len(best):
             best = _distinct(region, points)
     return best
 
 
-def _lattice(region: Region, steps: int, most: int) -> np.ndarray | None:
-    """The points (n, K) of one lattice, first domain first; None when there are more than `most`."""
+def _lattice(region: Region, steps: int, most: int) -> tuple[np.ndarray | None, int]:
+    """The points (n, K) of one lattice, None when there are more than `most`; and how many nodes were visited."""
     polytope = region.polytope
     lower, upper, limit = polytope.lower / UNITS, polytope.upper / UNITS, region.kl_limit
     step = (1 - lower.sum()) / steps
     if step < 1e-9:
-        return lower[None]
+        return lower[None], 1
     largest = np.floor((upper - lower) / step + 1e-9).astype(int)
     matrix, low, high = polytope.limits
     found: list[np.ndarray] = []
@@ -68,7 +69,8 @@ def _lattice(region: Region, steps: int, most: int) -> np.ndarray | None:
         counts_here = range(min(rest, int(largest[k])), fewest - 1, -1)
         return all(place((*counts, n), rest - n) for n in counts_here)
 
-    return np.array(found).reshape(-1, len(lower)) if place((), steps) else None
+    complete = place((), steps)
+    return (np.array(found).reshape(-1, len(lower)) if complete else None), visits
 
 
 def centroid(region: Region) -> Mixture:
@@ -126,7 +128,7 @@ def maximin(
     for _ in range(SWEEPS):
         if not _spread(points, chosen, taken):
             break
-    return _some(region, np.vstack([points[chosen], points]), count, exclude=existing)
+    return _some(region, np.vstack([points[chosen], points[: TRIES * count]]), count, exclude=existing)
 
 
 def _spread(points: np.ndarray, chosen: list[int], taken: np.ndarray) -> bool:
@@ -181,7 +183,7 @@ def d_optimal(
             gain.change(chosen[place], 1.0)
         if not moved:
             break
-    return _some(region, np.vstack([points[chosen], points]), count, exclude=existing)
+    return _some(region, np.vstack([points[chosen], points[: TRIES * count]]), count, exclude=existing)
 
 
 class _Gain:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Accept = Callable[[np.ndarray], np.ndarray]  # shares (n, K) -> whether each is allowed (n,)
 
 MIN_ACCEPTANCE = 0.05  # of independent draws: below, the walk is cheaper
-SAME_PLACE = 1e-9
+NOWHERE = 1e-9  # a direction so short is rounding, and may lead out of the region
 MAX_SHRINKS = 60  # halvings of a step on average: then the walker stays, which keeps the distribution
 
 
@@ -75,8 +75,6 @@ def hit_and_run(
             moved, company = walkers[own], walkers[others]
             first, second = rng.integers(len(company), size=(2, len(moved)))
             steps = (company[first] - company[second]) @ polytope.hull @ polytope.hull.T
-            # Of walkers at one place the difference is rounding, which leads out of the region.
-            steps[np.abs(steps).max(axis=1) < SAME_PLACE] = 0.0
             walkers[own] = _step(polytope, moved, steps, rng, accept)
     return walkers[rng.permutation(size)[:count]]
 
@@ -128,5 +126,5 @@ def reach(polytope: Polytope, points: np.ndarray, directions: np.ndarray) -> tup
     first, second = (low[loose] - sums) / slopes, (high[loose] - sums) / slopes
     back = np.where(flat, -np.inf, np.minimum(first, second)).max(axis=1, initial=-np.inf)
     forth = np.where(flat, np.inf, np.maximum(first, second)).min(axis=1, initial=np.inf)
-    nowhere = np.isinf(back) | np.isinf(forth)
+    nowhere = np.isinf(back) | np.isinf(forth) | (np.abs(directions).max(axis=1) < NOWHERE)
     return np.where(nowhere, 0.0, np.minimum(back, 0.0)), np.where(nowhere, 0.0, np.maximum(forth, 0.0))

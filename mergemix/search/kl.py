@@ -29,7 +29,7 @@ def divergence(shares: np.ndarray, prior: np.ndarray) -> np.ndarray:
 def draw_inside(
     prior: np.ndarray, limit: float, inner: np.ndarray, outer: np.ndarray, *, halvings: int = 36
 ) -> np.ndarray:
-    """Where the way from `inner`, with KL <= limit, to `outer` (..., K) leaves the ball of KL <= limit, to 2^-halvings."""
+    """Where the way from `inner`, with KL <= limit, to `outer` (..., K) leaves the ball of KL <= limit."""
     found = np.array(outer, dtype=np.float64)
     beyond = divergence(found, prior) > limit
     far = found[beyond]

@@ -12,7 +12,7 @@ from mergemix.mixture import Mixture
 from mergemix.search import kl
 from mergemix.search.base import Search
 from mergemix.search.hit_and_run import reach
-from mergemix.search.posterior import Memory, Model, Posterior, fit_posterior
+from mergemix.search.posterior import Memory, Model, Posterior, fit_posterior, one_thread
 from mergemix.search.region import Region
 from mergemix.search.simplex import UNITS
 
@@ -50,6 +50,10 @@ class ModelledSearch(Search):
         self._trends: dict[str, Model] | None = None
         self._memory: Memory = {}
         self._gains: list[bool] = []  # of each modelled proposal: whether it could gain more than noise hides
+
+    def ask(self, count: int | None = None) -> list[Mixture]:
+        with one_thread():
+            return super().ask(count)
 
     def _posterior(self) -> Posterior | None:
         """The model of everything that is known; None as long as nothing is. Failed candidates count as the worst."""

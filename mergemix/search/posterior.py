@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol, Self
@@ -196,11 +197,32 @@ def fit_posterior(
     data = measured(evidence, objective)
     if not len(data):
         return None
+    with one_thread():
+        return _fit(data, objective, penalty, surrogate, seed, trends or {}, memory)
+
+
+def one_thread() -> AbstractContextManager[object]:
+    """Linear algebra on one thread, where this is entered: matrices are small here, and threads would get in each
+    other's way; and the same numbers come out whatever the machine has."""
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(limits=1, user_api="blas")
+
+
+def _fit(
+    data: Measured,
+    objective: Objective | None,
+    penalty: Callable[[np.ndarray], np.ndarray],
+    surrogate: str,
+    seed: int,
+    trends: Mapping[str, Model],
+    memory: Memory | None,
+) -> Posterior:
     models: dict[str, Model] = {}
     count = len(data) if memory is None else fitted_of(len(data))
     for name, scores in data.scores.items():
         noise = data.noise[name]
-        trend = (trends or {}).get(name)
+        trend = trends.get(name)
         guess = np.zeros(len(scores)) if trend is None else trend.predict(data.shares).mean
         slope = slope_of(guess[:count], scores[:count])
         rest = scores - slope * guess

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 
-from mergemix.evals import stats
+from mergemix.evals import simulated, stats
 from mergemix.evals.stats import (
     Method,
     engine_noise,
@@ -293,13 +293,24 @@ def test_intervals_of_utilities_that_are_not_linear_cover_the_truth(
 def test_a_linear_utility_written_as_a_formula_has_about_the_same_interval_by_simulation() -> None:
     """What is simulated must agree with what is computed where both can be."""
     linear = make_utility(CAPABILITIES, "math")
-    simulated = nonlinear("max(math, -10 * code)")  # math, in every draw
+    formula = nonlinear("max(math, -10 * code)")  # math, in every draw
     a, b = ({n: np.abs(x) for n, x in items.items()} for items in pair(np.random.default_rng(21)))
-    assert interval(simulated, a) == pytest.approx(interval(linear, a), rel=0.1)
-    exact, drawn = paired_difference(linear, a, b), paired_difference(simulated, a, b)
+    assert interval(formula, a) == pytest.approx(interval(linear, a), rel=0.1)
+    exact, drawn = paired_difference(linear, a, b), paired_difference(formula, a, b)
     assert drawn.estimate == pytest.approx(exact.estimate)
     few = {"sums": a["sums"][:3], "mbpp": a["mbpp"]}
-    assert interval(simulated, few, resamples=20000)[1] == pytest.approx(interval(linear, few)[1], rel=0.15)
+    assert interval(formula, few, resamples=20000)[1] == pytest.approx(interval(linear, few)[1], rel=0.15)
+
+
+def test_drawn_means_vary_as_means_of_so_many_items_do() -> None:
+    """Student's t of n - 1 degrees has the variance (n - 1) / (n - 3) of a standard normal; two vary together."""
+    rng = np.random.default_rng(23)
+    num = 9
+    a = rng.normal(1, 2, num)
+    scores = np.stack([a, 0.5 * a + rng.normal(0, 1, num)])
+    drawn = simulated._t_means(scores, 200_000, rng)
+    assert drawn.mean(axis=1) == pytest.approx(scores.mean(axis=1), abs=0.01)
+    assert np.cov(drawn) == pytest.approx(np.cov(scores) / num * (num - 1) / (num - 3), rel=0.04)
 
 
 def test_pairing_counts_for_utilities_that_are_not_linear_too() -> None:

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from mergemix.errors import BenchmarkError, ConfigError
 from mergemix.evals.utility import (
     NORMALIZATIONS,
+    CapabilityUtility,
     Utility,
     make_utility,
     mean_score,
     parse_utility,
+    preference,
 )
 
 CAPABILITIES = {"math": ["sums", "gsm"], "code": ["mbpp"]}
@@ -199,3 +201,76 @@ def test_a_benchmark_on_which_all_items_failed_has_no_score() -> None:
     with pytest.raises(BenchmarkError, match=message):
         make_utility(CAPABILITIES, normalize="base", base=items)
     assert make_utility(CAPABILITIES, "code")(items) == 1.0
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_utilities_that_are_not_linear_are_of_normalised_capability_scores(normalize: str) -> None:
+    scores = {"sums": 0.3, "gsm": 0.2, "mbpp": 0.45}
+    alone = {
+        name: make_utility(CAPABILITIES, name, normalize, **REFERENCES, directions=LOWER)(scores)
+        for name in CAPABILITIES
+    }
+    lowest = make_utility(CAPABILITIES, "worst", normalize, **REFERENCES, directions=LOWER)
+    assert isinstance(lowest, CapabilityUtility)
+    assert lowest(scores) == pytest.approx(min(alone.values()))
+    squares = make_utility(CAPABILITIES, "math ** 2 - code", normalize, **REFERENCES, directions=LOWER)
+    assert squares(scores) == pytest.approx(alone["math"] ** 2 - alone["code"])
+    assert lowest.benchmarks == ("sums", "gsm", "mbpp")
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_a_floor_at_a_reference_is_what_that_one_scores(normalize: str) -> None:
+    for name, reference in {"base": BASE, "uniform": UNIFORM, **EXPERTS}.items():
+        floored = make_utility(CAPABILITIES, f"macro; all >= {name}", normalize, **REFERENCES)
+        plain = make_utility(CAPABILITIES, "macro", normalize, **REFERENCES)
+        assert floored(reference) == pytest.approx(plain(reference))
+        assert floored.shortfalls(reference) == {}
+        worse = {benchmark: score - 0.1 for benchmark, score in reference.items()}
+        assert set(floored.shortfalls(worse)) == {f"math >= {name}", f"code >= {name}"}
+        assert floored(worse) < plain(worse)
+        assert plain.shortfalls(worse) == {}
+
+
+def test_formulas_that_are_linear_are_plain_utilities() -> None:
+    scores = {"sums": 0.2, "gsm": 0.4, "mbpp": 0.9}
+    formula = make_utility(CAPABILITIES, "2 * math - code / 2 + 1", "base", base=BASE, directions=LOWER)
+    assert isinstance(formula, Utility)
+    alone = [
+        make_utility(CAPABILITIES, name, "base", base=BASE, directions=LOWER)(scores) for name in CAPABILITIES
+    ]
+    assert formula(scores) == pytest.approx(2 * alone[0] - alone[1] / 2 + 1)
+    weighted = make_utility(CAPABILITIES, "math=3,code=1", "base", base=BASE)
+    assert make_utility(CAPABILITIES, "0.75 * math + 0.25 * code", "base", base=BASE) == weighted
+
+
+def test_items_and_means_have_the_same_utility_whatever_it_is() -> None:
+    items = {"sums": np.array([np.nan, 1.0, 0.5]), "gsm": np.array([0.25]), "mbpp": np.array([1.0, 0.0])}
+    means = {name: mean_score(values) for name, values in items.items()}
+    for spec in ("worst", "math * code", "macro; code >= 0.75"):
+        utility = make_utility(CAPABILITIES, spec)
+        assert isinstance(utility, CapabilityUtility)
+        assert utility(items) == utility(means)
+        many = utility.of_means({name: np.array([mean, 0.5]) for name, mean in means.items()})
+        assert many[0] == pytest.approx(utility(means))
+    with pytest.raises(BenchmarkError, match="benchmark 'gsm' must have a score"):
+        make_utility(CAPABILITIES, "worst")({**items, "gsm": np.array([np.nan])})
+    with pytest.raises(KeyError):
+        make_utility(CAPABILITIES, "worst")({"sums": 0.1, "gsm": 0.2})
+
+
+def test_floors_need_their_references() -> None:
+    with pytest.raises(ConfigError, match="needs the scores of the base; give --base"):
+        make_utility(CAPABILITIES, "macro; all >= base", uniform=UNIFORM)
+    with pytest.raises(ConfigError, match="must be a number or a mixture that is scored in any case"):
+        make_utility(CAPABILITIES, "macro; all >= a", base=BASE)
+    assert make_utility(CAPABILITIES, "macro; math >= 0.1")(BASE) == pytest.approx(0.275)
+
+
+def test_what_meets_its_floors_is_preferred() -> None:
+    utility = make_utility(CAPABILITIES, "math; code >= 0.5")
+    just_below = {"sums": 0.9, "gsm": 0.9, "mbpp": 0.499}
+    meets = {"sums": 0.6, "gsm": 0.6, "mbpp": 0.5}
+    better = {"sums": 0.7, "gsm": 0.7, "mbpp": 0.6}
+    assert utility(just_below) > utility(meets)
+    ordered = sorted([better, just_below, meets], key=lambda scores: preference(utility, scores))
+    assert ordered == [just_below, meets, better]

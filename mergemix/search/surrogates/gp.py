@@ -50,7 +50,8 @@ class Kernel(NamedTuple):
     @classmethod
     def of(cls, theta: np.ndarray) -> Kernel:
         values = np.exp(theta)
-        return cls(*(float(value) for value in values[:NUM_GLOBAL]), values[NUM_GLOBAL:])
+        amplitude, trend, length, share, nugget = values[:NUM_GLOBAL].tolist()
+        return cls(amplitude, trend, length, share, nugget, values[NUM_GLOBAL:])
 
     def warped(self, shares: np.ndarray) -> np.ndarray:
         """(n, K): from 0 at no share to the domain's weight at all of it."""
@@ -103,7 +104,7 @@ class GaussianProcess(Surrogate):
         other._centre, other._scale, other._measured = self._centre, self._scale, self._measured
         parts = other._parts(data)
         start = (self.theta + _priors(data.shares.shape[1])[0]) / 2
-        other.theta = _best_theta(start, *_some(parts, seed), FOLD_ITERATIONS)
+        other.theta = _best_theta(start, _some(parts, seed), FOLD_ITERATIONS)
         other.kernel = Kernel.of(other.theta)
         other._hold(*parts)
         return other
@@ -143,6 +144,10 @@ class GaussianProcess(Surrogate):
         noise_sd = self._scale * math.sqrt(self.kernel.nugget**2 + self._measured)
         return Prediction(mean, self._scale * np.sqrt(variance), np.full(len(u), noise_sd), self._freedom())
 
+    def _mean(self, shares: np.ndarray) -> np.ndarray:
+        cross = self.kernel.covariance(self.kernel.warped(shares), self._warped)
+        return self._centre + self._scale * (cross @ self._solved)
+
     def _freedom(self) -> float:
         return float(max(self.num_points - 3, 2))
 
@@ -175,10 +180,10 @@ def _priors(k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fitted_theta(shares: np.ndarray, scores: np.ndarray, known: np.ndarray, seed: int) -> np.ndarray:
-    """Logarithms of the hyperparameters with the highest posterior density; from a subset first where there are many."""
+    """Logarithms of the hyperparameters with the highest posterior density; of many points, from a subset first."""
     parts = (shares, scores, known)
-    theta = _best_theta(_priors(shares.shape[1])[0], *_some(parts, seed), ITERATIONS)
-    return theta if len(scores) <= MANY else _best_theta(theta, *parts, FINAL_ITERATIONS)
+    theta = _best_theta(_priors(shares.shape[1])[0], _some(parts, seed), ITERATIONS)
+    return theta if len(scores) <= MANY else _best_theta(theta, parts, FINAL_ITERATIONS)
 
 
 def _some(parts: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
@@ -187,15 +192,14 @@ def _some(parts: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
     return [part[chosen] for part in parts]
 
 
-def _best_theta(
-    start: np.ndarray, shares: np.ndarray, scores: np.ndarray, known: np.ndarray, iterations: int
-) -> np.ndarray:
+def _best_theta(start: np.ndarray, parts: Sequence[np.ndarray], iterations: int) -> np.ndarray:
+    """parts: (shares, scores, known), as of `negative_log_posterior`."""
     from scipy.optimize import minimize
 
-    mean, sd = _priors(shares.shape[1])
+    mean, sd = _priors(parts[0].shape[1])
     bounds = list(zip(mean - REACH * sd, mean + REACH * sd, strict=True))
     found = minimize(
-        negative_log_posterior, start, (shares, scores, known), jac=True, method="L-BFGS-B", bounds=bounds,
+        negative_log_posterior, start, tuple(parts), jac=True, method="L-BFGS-B", bounds=bounds,
         options={"maxiter": iterations},
     )  # fmt: skip
     return found.x

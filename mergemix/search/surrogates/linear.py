@@ -1,4 +1,4 @@
-"""The simplest surrogates, a constant and a plane, and the ridge regression that other ones use on features of theirs."""
+"""The simplest surrogates, a constant and a plane; and the ridge regression that others use on their features."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Constant(Surrogate):
         return None
 
     def _fit(self, data: Data, seed: int) -> None:
-        self._num, self._mean = len(data.scores), float(data.scores.mean())
+        self._num, self._level = len(data.scores), float(data.scores.mean())
         spread = float(data.scores.std(ddof=1)) if self._num > 1 else 0.0
         # A single score says nothing of its spread: only the noise of measurement is left, if that is known.
         self._noise_sd = max(spread, math.sqrt(data.mean_noise_var))
@@ -99,7 +99,7 @@ class Constant(Surrogate):
     def _predict(self, shares: np.ndarray) -> Prediction:
         ones = np.ones(len(shares))
         sd = self._noise_sd / math.sqrt(self._num)
-        return Prediction(self._mean * ones, sd * ones, self._noise_sd * ones, self._freedom())
+        return Prediction(self._level * ones, sd * ones, self._noise_sd * ones, self._freedom())
 
     def _freedom(self) -> float:
         return float(max(self._num - 1, 1))
