@@ -3,11 +3,11 @@
     python -m benchmarks.bench_surrogate [--data DIR] [--subsamples 10] [--out FILE] [--quick]
 
 DIR: measured runs in the layout that `mergemix fit` reads: train_mixture*.csv, test_mixture*.csv and, beside each,
-one other train_*.csv and test_*.csv with its metrics, such as RegMix's (github.com/sail-sg/regmix). Each surrogate is fitted
-to random subsamples of the training runs, the same for all, and predicts the test runs. Without --data only synthetic
-surfaces are measured. "mean" is the mean of all metrics; on it, `auto` also has the mean of the metrics' own
-predictions ("auto, one score" has not). "lightgbm" is set for 40 points; "lightgbm, plain" has the library's trees of 31
-leaves, and of the settings only that it may split so few points at all. Prints a table, what must be shown and
+one other train_*.csv and test_*.csv with its metrics, such as RegMix's (github.com/sail-sg/regmix). Each surrogate is
+fitted to random subsamples of the training runs, the same for all, and predicts the test runs. Without --data only
+synthetic surfaces are measured. "mean" is the mean of all metrics; on it, `auto` also has the mean of the metrics' own
+predictions ("auto, one score" has not). "lightgbm" is set for 40 points; "lightgbm, plain" has the library's trees of
+31 leaves, and of the settings only that it may split so few points at all. Prints a table, what must be shown and
 whether it was, and one JSON line. There is no roofline: what is shown does not depend on the machine, and seconds
 are those of one fit on one thread.
 """
@@ -156,7 +156,7 @@ def fits(train: Measured, target: str) -> Iterator[tuple[str, Surrogate, float]]
     if target == MEAN:
         started = time.perf_counter()
         columns = [open_surrogate("lightgbm").fit(train.shares, column) for column in train.scores.T]
-        yield COLUMNS, Average.of(columns, scores), time.perf_counter() - started
+        yield COLUMNS, Average.of(columns, train.shares, scores), time.perf_counter() - started
 
 
 def measure(case: Case, train: Measured, target: str, plain_rounds: int) -> dict[str, Score]:

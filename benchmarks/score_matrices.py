@@ -93,7 +93,8 @@ def read_study(directory: Path) -> Matrix:
     try:
         done = [c for c in study.candidates() if c.done and c.repeat == 0 and any(c.mixture.weights)]
         names = sorted({name for record in done for name in record.scores})
-        matrix = {name: study.score_matrix(name, [record.id for record in done])[1] for name in names}
+        found = study.score_matrices([record.id for record in done])
+        matrix = {name: found[name] for name in names}
     finally:
         study.close()
     return _checked(matrix, str(directory))

@@ -48,7 +48,7 @@ class Surface:
         """Of the utility that is measured at the uniform mixture."""
         rng = np.random.default_rng(seed)
         uniform = Mixture.uniform(self.names)
-        return float(np.std([self.outcome(uniform, rng).utility for _ in range(repeats)]))
+        return float(np.std([self.outcome(uniform, rng).utility or 0.0 for _ in range(repeats)]))
 
 
 def objective(scores: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -143,9 +143,13 @@ def regmix(directory: Path) -> Surface:
     shares = shares / shares.sum(axis=1, keepdims=True)
     scores = {}
     for group, members in REGMIX_GROUPS.items():
-        columns = [i for i, name in enumerate(header["pile_loss"]) if any(f"_{m}_val" in name for m in members)]
+        columns = [
+            i for i, name in enumerate(header["pile_loss"]) if any(f"_{m}_val" in name for m in members)
+        ]
         if len(columns) != len(members):
-            raise BenchmarkError(f"{directory} must hold losses of {', '.join(members)}: {header['pile_loss']}")
+            raise BenchmarkError(
+                f"{directory} must hold losses of {', '.join(members)}: {header['pile_loss']}"
+            )
         scores[group] = -losses[:, columns].mean(axis=1)
     return fitted([name.removeprefix("train_the_pile_") for name in header["mixture"]], shares, scores)
 
@@ -237,7 +241,9 @@ def simulated(k: int, seed: int, items: Sequence[int] = (200, 350, 500), kind: s
         return [1 / (1 + np.exp(-np.clip(logit, -500, 500))) for logit in logits]
 
     def truth(at: np.ndarray) -> Scores:
-        pieces = [[chance.mean(axis=1) for chance in chances(at[i : i + 500])] for i in range(0, len(at), 500)]
+        pieces = [
+            [chance.mean(axis=1) for chance in chances(at[i : i + 500])] for i in range(0, len(at), 500)
+        ]
         return {f"bench{b}": np.concatenate([piece[b] for piece in pieces]) for b in range(len(parts))}
 
     def measure(at: np.ndarray, generator: np.random.Generator) -> Mapping[str, tuple[float, float]]:

@@ -338,7 +338,9 @@ def fit(*, console: Console, **options: Any) -> tuple[dict[str, Any], Any]:
     from mergemix.fit import fit as fit_files
     from mergemix.report.fit_tables import fit_table
 
-    result = fit_files(constraints=constraints, **options)
+    if constraints is not None:
+        options["region_of"] = constraints.region
+    result = fit_files(**options)
     return result, fit_table(result)
 
 

@@ -201,7 +201,7 @@ def load_config_file(path: Path) -> dict[str, Any]:
     for key in TEXTS:
         if key in given and not (isinstance(given[key], str) and given[key]):
             raise ConfigError(f"{path}: {key} must be text, but is {given[key]!r}")
-    for key in ("base", "hierarchy"):
+    for key in ("base", "hierarchy", "utility"):  # a utility may be a file of weights
         if key in given:
             given[key] = _beside(path, given[key])
     if "study" in given:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -203,10 +204,11 @@ class Evidence:
         return self.utility_of(record) if record.estimate is None else record.estimate.utility
 
     def utility_of(self, record: CandidateRecord) -> float | None:
-        """The utility of a candidate; None when it failed or was stopped, or while there is no utility yet."""
+        """The utility of a candidate; None when it failed, was stopped or has none, or while there is no utility yet."""
         if self.utility is None or not record.done:
             return None
-        return self.utility(record.scores)
+        utility = self.utility(record.scores)
+        return utility if math.isfinite(utility) else None
 
     def item_scores(self, record: CandidateRecord) -> dict[str, np.ndarray]:
         """By benchmark, float64 of shape (items,) in suite order."""

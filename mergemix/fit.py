@@ -32,8 +32,8 @@ def fit(
 ) -> dict[str, Any]:
     """Fit a surrogate to every metric, and with more than one to their mean. For programs: the keys of `fit`.
 
-    mixtures, scores: as `measured` reads them. minimize: lower scores are better. region_of: of the domains, what the
-    optimum may be. Raises ConfigError for data or options that make no sense.
+    mixtures, scores: as `measured` reads them. minimize: lower scores are better. region_of: from the names of the
+    domains, where the optimum may be (`Constraints.region`); a KL penalty is taken off in units of the score. Raises ConfigError for data or options that make no sense.
     """
     model = open_surrogate(surrogate)
     if (test_mixtures is None) != (test_scores is None):
@@ -84,7 +84,7 @@ def fit_targets(measured: Measured, model: Surrogate, seed: int) -> dict[str, Su
     fitted = {name: model.fit(measured.shares, scores, seed=seed) for name, scores in targets.items()}
     mean = fitted.get(MEAN)
     if isinstance(mean, Stack) and mean.members and MEAN not in measured.metrics:
-        columns = Average.of([fitted[name] for name in measured.metrics], targets[MEAN])
+        columns = Average.of([fitted[name] for name in measured.metrics], measured.shares, targets[MEAN])
         members = {**mean.members, columns.name: columns}
         fitted[MEAN] = Stack.of(members, measured.shares, targets[MEAN], seed=seed)
     return fitted
@@ -128,7 +128,7 @@ def _optimum(
     scores = sign * target_scores(train)[target]
     rng = np.random.default_rng(seed)
     shares = maximize(
-        lambda points: sign * fitted[target].mean(points),
+        lambda points: sign * fitted[target].mean(points) - region.penalty(points),
         region,
         rng,
         starts=train.shares[np.argsort(-scores)[:5]],

@@ -233,7 +233,9 @@ def _suspicions(table: Table, shares: np.ndarray) -> list[str]:
             f"{table.path}: the same mixture is there more than once ({_some(repeats)}): "
             "taken as repeated measurements"
         )
-    unused = [name for name, used in zip(table.columns, shares.any(axis=0), strict=True) if not used]
+    unused = [
+        name for name, used in zip(table.columns, (shares > 0).sum(axis=0).tolist(), strict=True) if not used
+    ]
     if unused and len(shares) > 1:
         found.append(f"{table.path}: no mixture has any of {_some(unused)}: what it does cannot be known")
     return found

@@ -101,12 +101,10 @@ def _item_scores(
     study: Study, benchmarks: Sequence[str], records: Sequence[CandidateRecord]
 ) -> dict[int, dict[str, np.ndarray]]:
     """By candidate and benchmark the scores of all items, in the same order for all; NaN: none."""
-    found: dict[int, dict[str, np.ndarray]] = {record.id: {} for record in records}
-    for name in benchmarks:
-        _, matrix = study.score_matrix(name, list(found))
-        for own, row in zip(found.values(), matrix, strict=True):
-            own[name] = row
-    return found
+    matrices = study.score_matrices([record.id for record in records])
+    return {
+        record.id: {name: matrices[name][row] for name in benchmarks} for row, record in enumerate(records)
+    }
 
 
 def _valuation(

@@ -23,7 +23,7 @@ LAYERS = [
     {"serve"},
     {"merge"},
     {"checkpoints"},
-    {"config", "mixture"},
+    {"config", "mixture", "measured"},
     {"errors", "units"},
 ]
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}

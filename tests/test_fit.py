@@ -31,18 +31,17 @@ def write(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -
     return path
 
 
+def with_ids(rows: np.ndarray) -> list[tuple[object, ...]]:
+    return [(i, *row) for i, row in enumerate(rows, 1)]
+
+
 def pair(directory: Path, n: int = N, seed: int = 0, prefix: str = "train") -> tuple[Path, Path]:
     """Files in RegMix's layout: an index, then numbers."""
     shares, losses = runs(n, seed)
-    ids = range(1, n + 1)
     return (
-        write(directory / f"{prefix}_mixture.csv", ("index", *DOMAINS), [(i, *row) for i, row in zip(ids, shares, strict=True)]),
-        write(
-            directory / f"{prefix}_loss.csv",
-            ("index", "loss/code", "loss/math"),
-            [(i, *row) for i, row in zip(ids, losses, strict=True)],
-        ),
-    )  # fmt: skip
+        write(directory / f"{prefix}_mixture.csv", ("index", *DOMAINS), with_ids(shares)),
+        write(directory / f"{prefix}_loss.csv", ("index", "loss/code", "loss/math"), with_ids(losses)),
+    )
 
 
 def edited(path: Path, line: int, change) -> Path:
@@ -95,7 +94,7 @@ def test_the_optimum_keeps_the_constraints(tmp_path: Path) -> None:
 
 
 def test_one_surrogate_and_one_metric(tmp_path: Path) -> None:
-    mixtures, scores = pair(tmp_path)
+    mixtures, _ = pair(tmp_path)
     one = write(tmp_path / "one.csv", ("loss",), [(row[0],) for row in runs()[1]])
     result = fit(mixtures, one, surrogate="loglinear")
     assert list(result["targets"]) == ["loss"]
@@ -137,20 +136,46 @@ def fit_alone(directory: Path, column: int) -> dict:
     return fit(directory / "train_mixture.csv", one, surrogate="gp")["targets"]["x"]
 
 
+# Which file, which line, what is done to it, and what is said about it.
 BAD = {
-    "a missing cell": (0, 5, lambda line: line.rpartition(",")[0] + ",", r"mixture.csv, line 5, column 'math': .*empty"),
-    "no number": (1, 3, lambda line: line.replace("2,", "2,n/a", 1), r"loss.csv, line 3, column 'loss/code': a number .*'n/a"),
-    "not finite": (1, 3, lambda line: line.rpartition(",")[0] + ",nan", r"line 3, column 'loss/math': a finite number"),
-    "a negative share": (0, 4, lambda line: "3,-0.1,0.6,0.5", r"line 4, column 'web': shares must be >= 0, but this is -0.1"),
-    "a wrong sum": (0, 4, lambda line: "3,0.1,0.6,0.5", r"line 4: shares must sum to 1 .*, but sum to 1.2"),
-    "an id twice": (0, 4, lambda line: line.replace("3,", "2,", 1), r"line 4: ids must differ, but index '2' is in line 3"),
-    "an id without scores": (0, 4, lambda line: line.replace("3,", "77,", 1), r"mixture.csv, line 4: index 77 is not in .*loss.csv"),
-    "an id without shares": (1, 4, lambda line: line.replace("3,", "77,", 1), r"index 3 is not in .*loss.csv"),
-    "a row too short": (0, 6, lambda line: line.rpartition(",")[0], r"line 6: each row must have 4 cells .* has 3"),
-    "a column twice": (0, 1, lambda line: "index,web,code,web", r"names of columns must differ, but 'web'"),
-    "a column without name": (1, 1, lambda line: "index,loss/code,", r"column 3 has no name"),
-    "only ids": (1, 1, lambda line: "index,run,name", r"only columns of ids"),
-}  # fmt: skip
+    "a missing cell": (
+        0,
+        5,
+        lambda t: t.rpartition(",")[0] + ",",
+        r"mixture.csv, line 5, column 'math': .*empty",
+    ),
+    "no number": (
+        1,
+        3,
+        lambda t: t.replace("2,", "2,n/a", 1),
+        r"line 3, column 'loss/code': a number .*'n/a",
+    ),
+    "not finite": (1, 3, lambda t: t.rpartition(",")[0] + ",nan", r"column 'loss/math': a finite number"),
+    "a negative share": (
+        0,
+        4,
+        lambda t: "3,-0.1,0.6,0.5",
+        r"line 4, column 'web': shares .* but this is -0.1",
+    ),
+    "a wrong sum": (0, 4, lambda t: "3,0.1,0.6,0.5", r"line 4: shares must sum to 1 .*, but sum to 1.2"),
+    "an id twice": (
+        0,
+        4,
+        lambda t: t.replace("3,", "2,", 1),
+        r"line 4: ids must differ, but index '2' is in line 3",
+    ),
+    "an id without scores": (
+        0,
+        4,
+        lambda t: t.replace("3,", "77,", 1),
+        r"line 4: index 77 is not in .*loss.csv",
+    ),
+    "an id without shares": (1, 4, lambda t: t.replace("3,", "77,", 1), r"index 3 is not in .*loss.csv"),
+    "a row too short": (0, 6, lambda t: t.rpartition(",")[0], r"line 6: each row must have 4 cells .* has 3"),
+    "a column twice": (0, 1, lambda t: "index,web,code,web", r"names of columns must differ, but 'web'"),
+    "a column without name": (1, 1, lambda t: "index,loss/code,", r"column 3 has no name"),
+    "only ids": (1, 1, lambda t: "index,run,name", r"only columns of ids"),
+}
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -11,6 +11,7 @@ from mergemix.mixture import LayerGroup, Mixture
 from mergemix.report.solve_tables import solve_table
 from mergemix.search import decision
 from mergemix.search.constraints import Constraints
+from mergemix.search.pareto import front
 from mergemix.search.region import Region
 from mergemix.solve import constraints_of, solve
 from mergemix.study import ItemRecord, Study
@@ -58,6 +59,8 @@ def test_the_study_s_own_question_is_answered(study: Path) -> None:
     assert result["prices"] == []
     assert result["warnings"] == []
     assert set(result["surrogates"]) == {"math", "code", "language"}
+    unbeaten = [list(point["capabilities"].values()) for point in result["pareto"]["observed"]]
+    assert not front(np.array(unbeaten)).all()  # what is beaten by no more than noise stays
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def _goal(text: str, capabilities: Sequence[str]) -> tuple[str, Expression]:
         return text, Expression.weighted({name: 1 / len(capabilities) for name in capabilities})
     if text.endswith(FILE_SUFFIXES):
         weights = _read_weights(Path(text), capabilities)
-        return ",".join(f"{name}={weight!r}" for name, weight in weights.items()), _mean(weights)
+        return ",".join(f"{_quoted(name)}={weight!r}" for name, weight in weights.items()), _mean(weights)
     if "=" in text and ("(" not in text or any("(" in name for name in capabilities)):
         return text, _mean(_listed(text, capabilities))
     return text, Expression.parse(text, capabilities)
@@ -269,6 +269,10 @@ def _check_reference(name: str, known: Sequence[str], floor: str) -> None:
         f"the limit of a floor must be a number or a mixture that is scored in any case, but {floor!r} names "
         f"{name!r}; {nearest(name, known)}"
     )
+
+
+def _quoted(name: str) -> str:
+    return name if re.fullmatch(r"[\w .-]+", name) else f'"{name}"'
 
 
 def _unquoted(text: str) -> str:

@@ -181,7 +181,9 @@ class Search(ABC):
         from mergemix.search.posterior import fit_posterior
 
         known = [
-            m for m, o in self._evidence() if o.utility is not None and not m.groups and self.region.contains(m)
+            m
+            for m, o in self._evidence()
+            if o.utility is not None and not m.groups and self.region.contains(m)
         ]
         posterior = fit_posterior(self._evidence(), self.objective, self.region.penalty) if known else None
         if posterior is None:
@@ -207,7 +209,9 @@ class Search(ABC):
         """The best mixtures of another surface, as far as they are new here."""
         hinted = [(m, o.utility) for m, o in self._hints if o.utility is not None and not m.groups]
         ranked = sorted(hinted, key=lambda pair: -pair[1])  # stable: the first of equals
-        best = dict.fromkeys(self.region.snap(self.region.project(np.array(m.weights))) for m, _ in ranked[:EARLY])
+        best = dict.fromkeys(
+            self.region.snap(self.region.project(np.array(m.weights))) for m, _ in ranked[:EARLY]
+        )
         return [mixture for mixture in best if self._is_new(mixture)]
 
     def _is_new(self, mixture: Mixture) -> bool:

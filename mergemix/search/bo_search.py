@@ -30,7 +30,8 @@ class BoSearch(ModelledSearch):
         inside = [m for m, o in self._evidence() if o.utility is not None and self.region.contains(m)]
         known = np.array([mixture.weights for mixture in inside or self._starts])
         if self._waiting:
-            posterior = posterior.given(np.array([mixture.weights for mixture in self._waiting]))
+            waiting = np.array([mixture.weights for mixture in self._waiting])
+            posterior, known = posterior.given(waiting), np.concatenate([known, waiting])
         elif self._narrow(posterior, known, rng) or self._exhausted():
             return []
         found: list[Mixture] = []
@@ -40,7 +41,8 @@ class BoSearch(ModelledSearch):
                 break
             self._predict(posterior, mixture)
             found.append(mixture)
-            posterior = posterior.given(np.array([mixture.weights]))
+            at = np.array([mixture.weights])
+            posterior, known = posterior.given(at), np.concatenate([known, at])
         if not found and not self._waiting:
             self._reasons = {"exhausted": "no mixture was found that is not known already"}
         return found

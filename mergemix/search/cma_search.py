@@ -149,7 +149,7 @@ class CmaSearch(Search):
         scored = {m: o for m in generation if (o := self._outcome(m)).utility is not None}
         if len(scored) < 2:
             return {}
-        spread = np.std([outcome.utility for outcome in scored.values()])
+        spread = np.std([outcome.utility or 0.0 for outcome in scored.values()])
         if np.median([outcome.stderr for outcome in scored.values()]) <= NOISY * spread:
             return {}
         posterior = fit_posterior(self._evidence(), self.objective, self.region.penalty, seed=self._seed)

@@ -64,7 +64,9 @@ def open_search(
         def open_inner(children: Sequence[str], budget: int, seed: int) -> Search:
             return search(children, budget=budget, seed=seed, prior=None, **options)
 
-        return HierarchicalSearch(tree, open_inner, names, budget=budget, seed=seed, prior=prior, region=region)
+        return HierarchicalSearch(
+            tree, open_inner, names, budget=budget, seed=seed, prior=prior, region=region
+        )
     if not groups:
         return search(names, budget=budget, seed=seed, prior=prior, region=region, **options)
     half = max(budget // 2, min(budget, len(region.start_points(prior))))

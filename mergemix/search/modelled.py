@@ -17,10 +17,10 @@ from mergemix.search.region import Region
 from mergemix.search.simplex import UNITS
 
 CONFIDENCE_90 = 1.6449  # standard deviations to each side of a 90% interval
-# "No gain above noise": so many proposals in a row, each of an expected improvement below this share of the noise of one
-# measurement, and not before so many candidates beside the start points.
-PATIENCE, GAIN, LEAST = 6, 0.02, 20
-SPREAD = 1e-3  # of the scores' standard deviation: differences below it are noise too
+# "No gain above noise": so many proposals in a row, each of an expected improvement below this share of the noise of
+# one measurement, and not before so many candidates beside the start points.
+PATIENCE, GAIN, LEAST = 6, 0.05, 20
+SPREAD = 5e-3  # of the standard deviation over the evaluated mixtures: differences below it are noise too
 
 # The coarse maximisation of acquisition functions.
 SAMPLES, STARTS, CLIMBERS = 500, 8, 4
@@ -104,7 +104,8 @@ class ModelledSearch(Search):
         enough = len(self._order) >= len(self._starts) + LEAST
         if enough and len(self._gains) >= PATIENCE and not any(self._gains[-PATIENCE:]):
             self._reasons = {
-                "no_gain": f"the expected improvement of the last {PATIENCE} proposals was below {GAIN:.0%} of the noise"
+                "no_gain": f"each of the last {PATIENCE} proposals was expected to gain less than {GAIN:.0%} of what "
+                "noise does to one measurement"
             }
         return bool(self._reasons)
 

@@ -13,7 +13,7 @@ SAMPLES = 1024
 CORNERS = 128
 ROUNDS = 6
 COUNT = 24
-_BLOCK = 512  # rows compared at once: memory is block * n * capabilities bytes
+_BLOCK = 256  # rows compared at once: memory is block * n * capabilities numbers
 
 # Normalised scores by capability, (n,) each, of shares (n, K).
 Predict = Callable[[np.ndarray], Mapping[str, np.ndarray]]
@@ -28,17 +28,33 @@ def front(scores: np.ndarray, margin: np.ndarray | None = None) -> np.ndarray:
     beaten". Without it measured sets are rather too small, and hold the lucky.
     """
     scores = np.asarray(scores, dtype=np.float64)
-    beaten = np.zeros(len(scores), dtype=bool)
+    if margin is not None:
+        return _not_clearly_beaten(scores, margin)
+    # In lexicographic order whoever beats a row stands before it; and if anybody does, so does a row of the front.
+    order = np.lexsort(-scores.T[::-1])
+    best = np.empty(0, dtype=np.int64)
+    for begin in range(0, len(order), _BLOCK):
+        block = order[begin : begin + _BLOCK]
+        block = block[~_beaten(scores[block], scores[best])]
+        best = np.append(best, block[~_beaten(scores[block], scores[block])])
+    found = np.zeros(len(scores), dtype=bool)
+    found[best] = True
+    return found
+
+
+def _beaten(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which rows of `scores` a row of `others` beats."""
+    ahead = others[None] - scores[:, None]
+    return np.asarray(((ahead >= 0).all(axis=2) & (ahead > 0).any(axis=2)).any(axis=1))
+
+
+def _not_clearly_beaten(scores: np.ndarray, margin: np.ndarray) -> np.ndarray:
+    found = np.empty(len(scores), dtype=bool)
     for begin in range(0, len(scores), _BLOCK):
-        ahead = (
-            scores[None] - scores[begin : begin + _BLOCK, None]
-        )  # of each other row over each of the block
-        if margin is None:
-            found = (ahead >= 0).all(axis=2) & (ahead > 0).any(axis=2)
-        else:
-            found = (ahead > np.hypot(margin[None], margin[begin : begin + _BLOCK, None])).all(axis=2)
-        beaten[begin : begin + _BLOCK] = found.any(axis=1)
-    return ~beaten
+        part = slice(begin, begin + _BLOCK)
+        clear = np.hypot(margin[None], margin[part, None])
+        found[part] = ~(scores[None] - scores[part, None] > clear).all(axis=2).any(axis=1)
+    return found
 
 
 def predicted_front(

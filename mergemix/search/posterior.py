@@ -51,7 +51,9 @@ def measured(evidence: Sequence[tuple[Mixture, Outcome]], objective: Objective |
     stopped early; what is left, such as answers that flip at random, a surrogate estimates by itself.
     """
     known = [
-        (m, o) for m, o in evidence if o.utility is not None and not m.groups and abs(m.base_weight) <= SUM_TOLERANCE
+        (m, o)
+        for m, o in evidence
+        if o.utility is not None and not m.groups and abs(m.base_weight) <= SUM_TOLERANCE
     ]
     names: list[str] = []
     if objective is not None and (detailed := [(m, o) for m, o in known if o.capabilities]):
@@ -64,7 +66,10 @@ def measured(evidence: Sequence[tuple[Mixture, Outcome]], objective: Objective |
     return Measured(
         np.array([mixture.weights for mixture, _ in known], np.float64),
         {name: column[:, 0] for name, column in columns.items()},
-        {name: column[:, 1] ** 2 - (column[:, 1] ** 2).min(initial=np.inf) for name, column in columns.items()},
+        {
+            name: column[:, 1] ** 2 - (column[:, 1] ** 2).min(initial=np.inf)
+            for name, column in columns.items()
+        },
     )
 
 
@@ -103,7 +108,9 @@ class Posterior:
         draws = _normals(len(self.models))
         value = self.objective({name: p.mean for name, p in predicted.items()})
         noisy = [
-            self.objective({n: p.mean + z * p.noise_sd for (n, p), z in zip(predicted.items(), draw, strict=True)})
+            self.objective(
+                {n: p.mean + z * p.noise_sd for (n, p), z in zip(predicted.items(), draw, strict=True)}
+            )
             for draw in draws
         ]
         return float(np.sqrt(np.mean((np.array(noisy) - value) ** 2)))
@@ -118,7 +125,9 @@ class Posterior:
 
     def failed(self, shares: np.ndarray) -> Self:
         """The posterior once `shares` (n, K) have failed, which counts as the lowest score of all. As for `given`."""
-        return self._conditioned(shares, {name: np.full(len(shares), low) for name, low in self.lowest.items()})
+        return self._conditioned(
+            shares, {name: np.full(len(shares), low) for name, low in self.lowest.items()}
+        )
 
     def _conditioned(self, shares: np.ndarray, scores: Mapping[str, np.ndarray]) -> Self:
         models = {}
@@ -140,7 +149,7 @@ class Posterior:
 
 @lru_cache(maxsize=16)
 def _normals(dimensions: int) -> np.ndarray:
-    """(SAMPLES, dimensions) standard normal numbers, well spread (scrambled Sobol), of mean 0 and variance 1 exactly."""
+    """(SAMPLES, dimensions) standard normal numbers, well spread (scrambled Sobol), of mean 0 and variance 1."""
     from scipy.stats import norm, qmc
 
     uniform = qmc.Sobol(dimensions, rng=np.random.default_rng(0)).random(SAMPLES)
@@ -175,7 +184,9 @@ class Trended:
         return replace(self, rest=self.rest.condition(shares, rest))  # type: ignore[attr-defined]
 
 
-Memory = dict[str, tuple[tuple[bytes, ...], "Surrogate"]]  # by name of the score: what a model was fitted to, and it
+Memory = dict[
+    str, tuple[tuple[bytes, ...], "Surrogate"]
+]  # by name of the score: what a model was fitted to, and it
 
 
 def fit_posterior(
@@ -204,7 +215,7 @@ def fit_posterior(
 def one_thread() -> AbstractContextManager[object]:
     """Linear algebra on one thread, where this is entered: matrices are small here, and threads would get in each
     other's way; and the same numbers come out whatever the machine has."""
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     return threadpool_limits(limits=1, user_api="blas")
 

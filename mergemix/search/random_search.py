@@ -16,7 +16,10 @@ DRAWN = 100
 
 
 class RandomSearch(Search):
-    """The start points, then uniform samples of the region (Dirichlet on the simplex), all in one batch: nothing is learned on the way."""
+    """The start points, then uniform samples of the region (Dirichlet on the simplex), all in one batch.
+
+    Nothing is learned on the way.
+    """
 
     kind = "random"
 

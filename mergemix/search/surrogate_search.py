@@ -1,4 +1,4 @@
-"""The paper's pipeline: a design, one surrogate per capability, and the optimum it predicts, verified by real merges."""
+"""The paper's pipeline: a design, one surrogate per capability, and verification of the optimum that they predict."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mergemix.mixture import Mixture
-from mergemix.search.designs import dirichlet, maximin
+from mergemix.search.designs import maximin
 from mergemix.search.modelled import STARTS, ModelledSearch, ascend
 from mergemix.search.posterior import Posterior
 

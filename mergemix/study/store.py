@@ -202,25 +202,28 @@ class Study:
             )
             return [ItemRecord(*row) for row in rows]
 
-    def score_matrix(self, benchmark: str, candidate_ids: Sequence[int]) -> tuple[list[str], np.ndarray]:
-        """The benchmark's items in suite order, and their float64 scores [candidates, items].
+    def score_matrices(self, candidate_ids: Sequence[int]) -> dict[str, np.ndarray]:
+        """By benchmark the float64 scores [candidates, items], items in the order of the suite.
 
         NaN where a candidate has no score for an item.
         """
+        row = {candidate: number for number, candidate in enumerate(candidate_ids)}
         with database.explained(self.path):
-            items = self._connection.execute(
-                "SELECT id, item FROM item WHERE benchmark = ? ORDER BY id", (benchmark,)
+            items = self._connection.execute("SELECT id, benchmark FROM item ORDER BY id").fetchall()
+            scores = self._connection.execute(
+                "SELECT candidate, item, score FROM item_score WHERE score IS NOT NULL"
             ).fetchall()
-            column = {item_id: index for index, (item_id, _) in enumerate(items)}
-            matrix = np.full((len(candidate_ids), len(items)), np.nan)
-            for row, candidate in enumerate(candidate_ids):
-                scores = self._connection.execute(
-                    "SELECT item, score FROM item_score WHERE candidate = ?", (candidate,)
-                )
-                for item_id, score in scores:
-                    if item_id in column and score is not None:
-                        matrix[row, column[item_id]] = score
-        return [name for _, name in items], matrix
+        columns: dict[str, list[int]] = {}
+        place = {}
+        for number, (item, benchmark) in enumerate(items):
+            place[item] = number
+            columns.setdefault(benchmark, []).append(number)
+        matrix = np.full((len(row), len(items)), np.nan)
+        known = [(row[candidate], place[item], score) for candidate, item, score in scores if candidate in row]
+        if known:
+            rows, numbers, values = zip(*known, strict=True)
+            matrix[list(rows), list(numbers)] = values
+        return {benchmark: matrix[:, numbers] for benchmark, numbers in columns.items()}
 
     def item_evaluations(self) -> int:
         """How many items have been answered by all candidates together: what the study has cost."""

@@ -231,6 +231,15 @@ def test_a_weights_file(tmp_path: Path, name: str) -> None:
     assert parse_utility(spec.text, NAMES) == spec  # the text needs no file: it is the contents that count
 
 
+def test_a_weights_file_with_odd_names_has_a_text_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "weights.json"
+    path.write_text(json.dumps({"a; b": 1, "code (python)": 3}))
+    names = ["a; b", "code (python)", "c"]
+    spec = parse_utility(f"{path}; 'a; b' >= 0.5", names)
+    assert parse_utility(spec.text, names) == spec
+    assert spec.counted == ("a; b", "code (python)")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,8 @@ PRIOR = Mixture(NAMES, (0.1, 0.2, 0.3, 0.4))
 
 
 # The executors differ because each search's test class inherits the same test functions.
-several = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.differing_executors])
-constrained = settings(several, max_examples=8, suppress_health_check=list(HealthCheck))
+several = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.differing_executors])
+constrained = settings(several, max_examples=5, suppress_health_check=list(HealthCheck))
 
 
 def bumpy(mixture: Mixture) -> float:
@@ -74,7 +75,9 @@ def detailed(mixture: Mixture) -> Outcome:
     skills = {"a": bumpy(mixture), "b": mixture.weights[0]}
     stderr = 0.05 if number % 3 else 0.2
     found = {name: (value + stderr * np.sin(number), stderr) for name, value in skills.items()}
-    return Outcome(float(mean_of({n: v for n, (v, _) in found.items()})), stderr / 2**0.5, found, number % 3 == 0)
+    return Outcome(
+        float(mean_of({n: v for n, (v, _) in found.items()})), stderr / 2**0.5, found, number % 3 == 0
+    )
 
 
 def mean_of(scores: Mapping[str, Any]) -> Any:
@@ -97,7 +100,11 @@ def regions(draw: st.DrawFn) -> Region:
     }
     if draw(st.booleans()):
         prior = (inside + 1 / k) / 2
-        limited |= {"prior": dict(zip(names, prior.tolist(), strict=True)), "kl_limit": 0.4, "kl_penalty": 0.1}
+        limited |= {
+            "prior": dict(zip(names, prior.tolist(), strict=True)),
+            "kl_limit": 0.4,
+            "kl_penalty": 0.1,
+        }
     return Constraints(**limited).region(names)
 
 
@@ -106,7 +113,7 @@ class SearchConformance:
     budget = 30  # of most tests; what costs more per proposal has less
     long_budget = 40
     longest_budget = 60
-    options: Mapping[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
     seeded = True  # proposals depend on the seed
     groups: tuple[tuple[str, ...], ...] = ()  # layer groups
     continues = True  # a larger budget continues the proposals of a smaller one

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mergemix.mixture import Mixture
-from mergemix.search import open_search
+from mergemix.search import Outcome, open_search
+from mergemix.search.constraints import Constraints
 from tests.search.conformance import drive
 
 SEEDS = range(7)
@@ -93,3 +94,46 @@ def test_cma_reaches_faces_exactly():
     quadratic = Quadratic.random(4, "face", 0)
     proposed = drive(open_search("cma", names, budget=120), quadratic)
     assert sum(mixture.weights[-1] == 0.0 for mixture in proposed[-20:]) >= 10
+
+
+@pytest.mark.parametrize("k", [3, 5])
+def test_cma_finds_the_best_allowed_mixture(k):
+    """The unconstrained best is all of the first domain."""
+    names = tuple("abcdef"[:k])
+    region = Constraints(max={"a": 0.3, "b": 0.5}).region(names)
+    search = open_search("cma", names, budget=120, region=region)
+    proposed = drive(search, lambda mixture: 2 * mixture.weights[0] + mixture.weights[1])
+    assert all(region.contains(mixture) for mixture in proposed)
+    assert max(2 * mixture.weights[0] + mixture.weights[1] for mixture in proposed) > 1.08  # of 1.1
+
+
+def test_cma_goes_on_while_one_result_is_missing():
+    """With one engine stuck on its candidate for ever, the others bring the search to its optimum."""
+    quadratic = Quadratic.random(4, "inside", 1)
+    search = open_search("cma", tuple("abcd"), budget=150)
+    search.tell([(mixture, quadratic(mixture)) for mixture in search.ask()])
+    stuck = search.ask(4)[0]
+    told = []
+    while len(told) < 140:
+        free = [mixture for mixture in search.ask(4) if mixture != stuck]
+        search.tell([(free[-1], quadratic(free[-1]))])
+        told.append(free[-1])
+    assert quadratic.regret(told[-20:]) < 0.005
+    assert np.mean([quadratic(m) for m in told[-20:]]) > np.mean([quadratic(m) for m in told[:20]])
+
+
+def test_cma_smooths_noisy_scores():
+    """What it settles at under noise that it was told of, is better than what it settles at with the bare scores."""
+
+    def regret(stderr: float) -> float:
+        found = []
+        for seed in range(4):
+            rng = np.random.default_rng(seed)
+            quadratic = Quadratic.random(4, "inside", seed)
+            search = open_search("cma", tuple("abcd"), budget=80, seed=seed)
+            proposed = drive(search, lambda m, q=quadratic, r=rng: Outcome(q(m) + 0.2 * r.normal(), stderr))
+            late = np.mean([quadratic.value(np.array(mixture.weights)) for mixture in proposed[-16:]])
+            found.append(quadratic.value(quadratic.best) - late)
+        return float(np.mean(found))
+
+    assert regret(0.2) < 0.7 * regret(0.0)

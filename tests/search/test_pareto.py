@@ -38,6 +38,8 @@ def test_what_is_not_clearly_beaten_stays() -> None:
     scores = np.array([[1.0, 1.0], [0.9, 0.9], [0.5, 0.9], [0.5, 0.5]])
     assert front(scores).tolist() == [True, False, False, False]
     assert front(scores, np.full((4, 2), 0.1)).tolist() == [True, True, True, False]
+    apart = np.array([[1.0, 1.0], [0.87, 0.87], [0.85, 0.85]])  # the errors together are 0.1414
+    assert front(apart, np.full((3, 2), 0.1)).tolist() == [True, True, False]
     one_sided = np.array([[0.0, 0.0], [0.0, 0.05], [0.0, 0.5], [0.0, 0.0]])
     assert front(scores, one_sided).tolist() == [True, False, True, False]
 
@@ -113,6 +115,17 @@ def test_the_same_seed_gives_the_same_front() -> None:
         predicted_front(linear, region, np.random.default_rng(seed))[0] for seed in (1, 1, 2)
     )
     assert first == again != other
+
+
+def test_what_rounding_to_the_grid_has_spoilt_is_left_out() -> None:
+    def between(shares: np.ndarray) -> dict[str, np.ndarray]:
+        """c is worth much between the points of the grid, and nothing on them."""
+        off = np.abs(shares * 1e4 - np.rint(shares * 1e4)).max(axis=1) > 1e-6
+        return {"x": shares[:, 0], "y": shares[:, 1] + 2 * off * shares[:, 2]}
+
+    mixtures, scores = predicted_front(between, Region.simplex(NAMES), np.random.default_rng(0))
+    assert front(np.stack(list(scores.values()), axis=1)).all()
+    assert Mixture.one_hot(NAMES, "c") not in mixtures
 
 
 def test_starts_compete() -> None:

@@ -1,6 +1,7 @@
 """The searches that exist, held to the protocol, and what is special about each."""
 
 import math
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ class TestSurrogate(SearchConformance):
     kind = "surrogate"
     budget = 14
     long_budget = 16
-    options = {"surrogate": "loglinear"}
+    options = MappingProxyType({"surrogate": "loglinear"})
     continues = False
 
 

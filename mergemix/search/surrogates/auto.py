@@ -66,7 +66,7 @@ class Stack(Surrogate):
         self.weights = dict(zip(members, stack_weights(predicted, data).tolist(), strict=True))
 
     def _num_chosen(self) -> int:
-        return len(self.members)
+        return sum(weight > 0 for weight in self.weights.values())
 
     def _used(self) -> list[tuple[float, Surrogate]]:
         return [(weight, self.members[name]) for name, weight in self.weights.items() if weight > 0]
@@ -100,11 +100,11 @@ class Average(Surrogate):
         self.members = tuple(members)
 
     @classmethod
-    def of(cls, members: Sequence[Surrogate], scores: np.ndarray) -> Self:
-        """members: of the columns. scores: (n,), the means of the columns' scores."""
+    def of(cls, members: Sequence[Surrogate], shares: np.ndarray, scores: np.ndarray) -> Self:
+        """members: of the columns, fitted at shares (n, K). scores: (n,), the means of the columns' scores."""
         average = cls(members)
         held_out = _averaged([member.held_out for member in members])
-        average._calibrate(held_out, Data(np.empty((len(scores), 0)), scores, None))
+        average._calibrate(held_out, Data(*checked(shares, scores, None)))
         return average
 
     def needs(self, k: int) -> int:

@@ -1,6 +1,7 @@
 """Scheffé's quadratic mixture model, by ridge regression (J. R. Stat. Soc. B, 1958).
 
-sum_k b_k x_k + sum_{j<k} b_jk x_j x_k. With K domains it has K (K + 1) / 2 terms, more than there are points as a rule: the penalty makes up for it.
+sum_k b_k x_k + sum_{j<k} b_jk x_j x_k. With K domains it has K (K + 1) / 2 terms, more than there are points
+as a rule: the penalty makes up for it.
 """
 
 from __future__ import annotations

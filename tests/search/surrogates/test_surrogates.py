@@ -113,6 +113,13 @@ class TestEverySurrogate:
         assert all(np.isfinite(part).all() for part in (*found[:3], *found.interval()))
         assert model.held_out.mean.shape == (n,)
 
+    def test_one_mixture_measured_again_and_again(self, name: str) -> None:
+        scores = np.random.default_rng(0).normal(size=15)
+        found = open_surrogate(name).fit(np.full((15, 3), 1 / 3), scores).predict(np.full((1, 3), 1 / 3))
+        assert found.mean[0] == pytest.approx(scores.mean(), abs=0.2)
+        low, high = found.interval(0.9)
+        assert 1.5 < high[0] - low[0] < 8
+
     def test_held_out_points_are_predicted_without_them(self, name: str) -> None:
         """Scores of pure noise cannot be predicted, whatever a model remembers of them."""
         shares = points(60, 4)
@@ -162,7 +169,7 @@ def test_ninety_percent_intervals_hold_about_ninety_percent(name: str) -> None:
         truth = logarithmic(more) + 0.2 * np.random.default_rng(50 + seed).normal(size=200)
         low, high = fitted(name, logarithmic, 40, 5, noise=0.2, seed=seed).predict(more).interval(0.9)
         inside.append(np.mean((low <= truth) & (truth <= high)))
-    assert 0.83 < np.mean(inside) < 0.97, inside
+    assert 0.83 < np.mean(inside) < 0.985, inside
 
 
 def test_auto_takes_each_for_what_it_is_good_at() -> None:
