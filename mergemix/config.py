@@ -12,7 +12,7 @@ from mergemix.errors import ConfigError
 from mergemix.units import parse_size
 
 SEARCHES = ("cma", "bo", "surrogate", "random", "grid")
-SURROGATES = ("auto", "lightgbm", "gp", "loglinear", "scheffe")
+SURROGATES = ("auto", "lightgbm", "trees", "gp", "loglinear", "scheffe")
 ENGINES = ("auto", "vllm", "hf")
 TEXTS = (
     "base", "study", "search", "engine", "utility", "normalize", "layer_groups", "verify_swaps", "hierarchy",

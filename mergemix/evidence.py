@@ -204,7 +204,7 @@ class Evidence:
         return self.utility_of(record) if record.estimate is None else record.estimate.utility
 
     def utility_of(self, record: CandidateRecord) -> float | None:
-        """The utility of a candidate; None when it failed, was stopped or has none, or while there is no utility yet."""
+        """The utility of a candidate; None when it failed, was stopped or has none, or while none is known."""
         if self.utility is None or not record.done:
             return None
         utility = self.utility(record.scores)

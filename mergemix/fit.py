@@ -33,7 +33,8 @@ def fit(
     """Fit a surrogate to every metric, and with more than one to their mean. For programs: the keys of `fit`.
 
     mixtures, scores: as `measured` reads them. minimize: lower scores are better. region_of: from the names of the
-    domains, where the optimum may be (`Constraints.region`); a KL penalty is taken off in units of the score. Raises ConfigError for data or options that make no sense.
+    domains, where the optimum may be (`Constraints.region`); a KL penalty is taken off in units of the score. Raises
+    ConfigError for data or options that make no sense.
     """
     model = open_surrogate(surrogate)
     if (test_mixtures is None) != (test_scores is None):

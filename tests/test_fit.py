@@ -60,7 +60,7 @@ def test_the_keys_that_scripts_rely_on(tmp_path: Path) -> None:
         assert target["cv"]["spearman"] > 0.9
         assert target["test"]["spearman"] > 0.9
         assert 0.7 < target["test"]["coverage90"] <= 1
-        assert set(target["candidates"]) - {"columns"} == {"lightgbm", "gp", "loglinear", "scheffe"}
+        assert set(target["candidates"]) - {"columns"} == {"lightgbm", "trees", "gp", "loglinear", "scheffe"}
         assert ("columns" in target["candidates"]) == (name == "mean")
         assert sum(target["weights"].values()) == pytest.approx(1)
     optimum = result["optimum"]

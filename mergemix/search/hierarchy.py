@@ -77,7 +77,9 @@ class HierarchicalSearch(Search):
                 del self._stages[0]
                 continue
             for mixture in proposed:
-                self._flat.setdefault(mixture, self._candidate(stage, mixture))
+                if mixture not in self._flat:
+                    self._flat[mixture] = flat = self._candidate(stage, mixture)
+                    self._inner.budget += flat in self._order  # what is known costs nothing
             known = [(m, self._outcomes[self._flat[m]]) for m in proposed if self._flat[m] in self._outcomes]
             self._inner.tell(known)
             if not known:  # all are new, or under way

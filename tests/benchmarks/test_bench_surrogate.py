@@ -11,7 +11,6 @@ from benchmarks.bench_surrogate import (
     ALONE,
     AUTO,
     COLUMNS,
-    PLAIN,
     SURFACES,
     subsample,
     synthetic,
@@ -50,7 +49,7 @@ def test_from_command_line_to_last_line(tmp_path: Path, capsys: pytest.CaptureFi
     rows = json.loads(out.read_text())["rows"]
     measured = [row for row in rows if row["case"] != "verdict"]
     assert {row["case"] for row in measured} == {tmp_path.name, "kinks, K = 3"}
-    singles = {*SURROGATES, AUTO, PLAIN}
+    singles = {*SURROGATES, AUTO}
     by_target = {
         target: {row["surrogate"] for row in measured if row["target"] == target}
         for target in ("mean", "pile_cc", "score")
@@ -77,7 +76,7 @@ def test_verdicts() -> None:
             "loglinear": 0.5,
             "scheffe": 0.5,
             AUTO: auto,
-            PLAIN: rival - 0.1,
+            "trees": rival - 0.1,
         }
         return [
             {

@@ -10,7 +10,7 @@ from mergemix.search import Outcome, open_search
 from mergemix.search.constraints import Constraints
 from tests.search.conformance import drive
 
-SEEDS = range(7)
+SEEDS = range(5)
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,8 @@ def test_cma_settles_at_a_vertex(k):
         proposed = drive(search, quadratic)
         assert "budget" not in search.stop()
         assert quadratic.regret(proposed) == 0.0
-        np.testing.assert_allclose(
-            np.mean([m.weights for m in proposed[-5:]], axis=0), np.eye(k)[0], atol=0.02
-        )
+        # Samples that fall on the vertex propose nothing new: the last new one is on the way to it.
+        np.testing.assert_allclose(proposed[-1].weights, np.eye(k)[0], atol=0.03)
 
 
 @pytest.mark.parametrize("k", [2, 3])
@@ -122,18 +121,24 @@ def test_cma_goes_on_while_one_result_is_missing():
     assert np.mean([quadratic(m) for m in told[-20:]]) > np.mean([quadratic(m) for m in told[:20]])
 
 
-def test_cma_smooths_noisy_scores():
-    """What it settles at under noise that it was told of, is better than what it settles at with the bare scores."""
+def late_regret(stderr: float, sd: float = 0.2) -> float:
+    """Of the last 15 of 60 proposals, the mean over seeds."""
+    found = []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        quadratic = Quadratic.random(4, "inside", seed)
+        search = open_search("cma", tuple("abcd"), budget=60, seed=seed)
+        proposed = drive(search, lambda m, q=quadratic, r=rng: Outcome(q(m) + sd * r.normal(), stderr))
+        late = np.mean([quadratic(mixture) for mixture in proposed[-15:]])
+        found.append(quadratic.value(quadratic.best) - late)
+    return float(np.mean(found))
 
-    def regret(stderr: float) -> float:
-        found = []
-        for seed in range(4):
-            rng = np.random.default_rng(seed)
-            quadratic = Quadratic.random(4, "inside", seed)
-            search = open_search("cma", tuple("abcd"), budget=80, seed=seed)
-            proposed = drive(search, lambda m, q=quadratic, r=rng: Outcome(q(m) + 0.2 * r.normal(), stderr))
-            late = np.mean([quadratic.value(np.array(mixture.weights)) for mixture in proposed[-16:]])
-            found.append(quadratic.value(quadratic.best) - late)
-        return float(np.mean(found))
 
-    assert regret(0.2) < 0.7 * regret(0.0)
+def test_cma_smooths_scores_that_it_is_told_are_noisy():
+    assert late_regret(stderr=0.2) < 0.9 * late_regret(stderr=0.0)
+
+
+def test_a_model_preselects_what_cma_evaluates(monkeypatch):
+    helped = late_regret(stderr=0.0, sd=0.0)
+    monkeypatch.setattr("mergemix.search.cma_search.MODELLED", 0)
+    assert helped < 0.5 * late_regret(stderr=0.0, sd=0.0)

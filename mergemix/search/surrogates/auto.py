@@ -11,9 +11,9 @@ from mergemix.search.surrogates.base import Data, Prediction, Surrogate, checked
 from mergemix.search.surrogates.gp import GaussianProcess
 from mergemix.search.surrogates.loglinear import LogLinear
 from mergemix.search.surrogates.scheffe import Scheffe
-from mergemix.search.surrogates.trees import LightGBM
+from mergemix.search.surrogates.trees import BaggedTrees
 
-MEMBERS: tuple[type[Surrogate], ...] = (LightGBM, GaussianProcess, LogLinear, Scheffe)
+MEMBERS: tuple[type[Surrogate], ...] = (BaggedTrees, GaussianProcess, LogLinear, Scheffe)
 LEAST_WEIGHT = 0.05  # below it a member is left out
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from mergemix.errors import ConfigError
 from mergemix.search.surrogates.auto import MEMBERS, Stack
 from mergemix.search.surrogates.base import Surrogate
+from mergemix.search.surrogates.trees import LightGBM
 
-SURROGATES: dict[str, type[Surrogate]] = {model.name: model for model in MEMBERS}
+_MODELS: tuple[type[Surrogate], ...] = (LightGBM, *MEMBERS)
+SURROGATES: dict[str, type[Surrogate]] = {model.name: model for model in _MODELS}
 AUTO = "auto"
 
 
