@@ -215,7 +215,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    taken_under = conditions(["mergemix", "numpy", "scipy", "scikit-learn", "lightgbm", "cma"])
+    taken_under = conditions(["mergemix", "numpy", "scipy", "lightgbm", "cma"])
     taken_under |= {"replays": options.replays, "seed": options.seed, "budgets": list(options.budgets)}
     print(json.dumps(taken_under))
     rows: Rows = []

@@ -15,7 +15,7 @@ SEARCHES = ("cma", "bo", "surrogate", "random", "grid")
 SURROGATES = ("auto", "lightgbm", "trees", "gp", "loglinear", "scheffe")
 ENGINES = ("auto", "vllm", "hf")
 TEXTS = (
-    "base", "study", "search", "engine", "utility", "normalize", "layer_groups", "verify_swaps", "hierarchy",
+    "base", "study", "search", "surrogate", "engine", "utility", "normalize", "layer_groups", "verify_swaps", "hierarchy",
 )  # fmt: skip
 WHOLE_NUMBERS = (
     "budget", "seed", "max_model_len", "tensor_parallel", "device_cache", "host_cache", "lora_in_flight",
@@ -50,6 +50,8 @@ class RunConfig:
     allow_code_execution: bool = False
     """Let benchmarks run what models write, in a sandbox."""
     search: str = "cma"
+    surrogate: str = "auto"
+    """The model that `surrogate` searches with."""
     budget: int = 40
     """Candidates to evaluate, baselines included; the repeat that measures noise comes on top."""
     item_budget: int | None = None
@@ -115,6 +117,7 @@ class RunConfig:
             raise ConfigError("a search needs at least one benchmark; give --bench FILE.yaml")
         for key, allowed in (
             ("search", SEARCHES),
+            ("surrogate", SURROGATES),
             ("engine", ENGINES),
             ("normalize", NORMALIZATIONS),
             ("verify_swaps", VERIFICATIONS),

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mergemix.config import ENGINES, NORMALIZATIONS, SEARCHES, VERIFICATIONS
+from mergemix.config import ENGINES, NORMALIZATIONS, SEARCHES, SURROGATES, VERIFICATIONS
 from mergemix.units import parse_size
 
 Value = TypeVar("Value")
@@ -230,6 +230,11 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option(
                 "--search", type=click.Choice(SEARCHES), help="How mixtures are proposed. Default: cma."
+            ),
+            click.option(
+                "--surrogate",
+                type=click.Choice(SURROGATES),
+                help="Model of --search surrogate. Default: auto, several stacked by cross-validation.",
             ),
             click.option(
                 "--budget", type=int, help="Candidates to evaluate, baselines included. Default: 40."

@@ -83,6 +83,7 @@ def make_search(config: RunConfig, family: Family, baselines: Collection[Mixture
         groups=groups,
         tree=load_tree(Path(config.hierarchy), family.names) if config.hierarchy else None,
         interval=config.interval,
+        surrogate=config.surrogate,
     )
 
 

@@ -10,7 +10,7 @@ from mergemix.search.posterior import Posterior
 
 
 class BoSearch(ModelledSearch):
-    """Batch Bayesian optimisation by expected improvement under noise (Jones et al. 1998; Letham et al. 2019).
+    """Batch Bayesian optimisation by expected improvement (Jones et al. 1998) under noise.
 
     One Gaussian process per capability, pushed through the objective (or of the utility, where there is none). As
     scores are noisy, the mixture to improve on is the one with the best posterior mean, not with the best score.

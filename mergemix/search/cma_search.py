@@ -50,7 +50,7 @@ class CmaSearch(Search):
     those are evaluated that it holds for the best (preselection, as in Kern et al.'s lmm-CMA and its heirs). And where
     scores are noisy, its means are told in their place: CMA-ES, which knows nothing but the present generation, would
     follow the noise. On random quadratics of 4 experts (60 candidates, 8 seeds) the first makes the regret of
-    the proposals 3 to 6 times smaller, and the second another 1.5 times under noise.
+    the proposals 3 to 6 times smaller.
 
     A sample that snaps to a mixture already evaluated takes its known score and costs no budget. A
     generation that the budget cuts short is never told to CMA-ES: a search with a larger budget asks

@@ -266,7 +266,7 @@ def _remembered(
     key = (shares.tobytes(), scores.tobytes(), b"" if noise is None else noise.tobytes())
     if name not in memory or memory[name][0] != key:
         model = open_surrogate(surrogate)
-        # Without cross-validated intervals, which cost most of the time and change no proposal for the better.
+        # Without cross-validated intervals, which cost most of the time.
         quick = surrogate == "gp" and QUICK
         fitted = model._fitted(Data(*checked(*parts)), seed) if quick else model.fit(*parts, seed=seed)
         memory[name] = key, fitted
