@@ -15,7 +15,8 @@ SEARCHES = ("cma", "bo", "surrogate", "random", "grid")
 SURROGATES = ("auto", "lightgbm", "trees", "gp", "loglinear", "scheffe")
 ENGINES = ("auto", "vllm", "hf")
 TEXTS = (
-    "base", "study", "search", "surrogate", "engine", "utility", "normalize", "layer_groups", "verify_swaps", "hierarchy",
+    "base", "study", "search", "surrogate", "engine", "utility", "normalize", "layer_groups", "verify_swaps",
+    "hierarchy",
 )  # fmt: skip
 WHOLE_NUMBERS = (
     "budget", "seed", "max_model_len", "tensor_parallel", "device_cache", "host_cache", "lora_in_flight",
