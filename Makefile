@@ -26,7 +26,9 @@ type: setup
 	$(BIN)/mypy
 
 # MERGEKIT: the command mergekit-yaml of an environment of its own. DISK_BENCH: --quick where disk or time is short.
+# REGMIX: a folder with the mixtures and losses of RegMix's runs (github.com/sail-sg/regmix).
 MERGEKIT ?=
+REGMIX ?=
 DISK_BENCH ?=
 RESULTS := benchmarks/results
 
@@ -40,6 +42,8 @@ bench: setup
 		--out $(RESULTS)/bench_swap.json
 	$(BIN)/python -m benchmarks.bench_racing --out $(RESULTS)/bench_racing.json
 	$(BIN)/python -m benchmarks.bench_eval --out $(RESULTS)/bench_eval.json
+	$(BIN)/python -m benchmarks.bench_surrogate $(if $(REGMIX),--data $(REGMIX)) --out $(RESULTS)/bench_surrogate.json
+	$(BIN)/python -m benchmarks.bench_search $(if $(REGMIX),--data $(REGMIX)) --out $(RESULTS)/bench_search.json
 
 bench-gpu: setup
 	$(BIN)/python -m benchmarks.bench_kernel --device cuda --out $(RESULTS)/bench_kernel-gpu.json
