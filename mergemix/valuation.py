@@ -83,14 +83,15 @@ def value_study(
 
 def propagate(objective: Objective, scores: Mapping[str, tuple[float, float]]) -> float:
     """Standard error of the utility from those of capability scores, by the slope of the objective over them."""
-    variance = 0.0
-    for name, (_, error) in scores.items():
-        at = {other: np.array([value, value]) for other, (value, _) in scores.items()}
-        at[name] = at[name] + np.array([error, -error])
-        up, down = objective(at).tolist()
-        if math.isfinite(up) and math.isfinite(down):
-            variance += ((up - down) / 2) ** 2
-    return math.sqrt(variance)
+    count = len(scores)
+    up_and_down = np.concatenate([np.eye(count), -np.eye(count)])  # one capability a row, by its error
+    at = {
+        name: value + error * up_and_down[:, column]
+        for column, (name, (value, error)) in enumerate(scores.items())
+    }
+    utility = objective(at)
+    slopes = (utility[:count] - utility[count:]) / 2
+    return float(np.linalg.norm(slopes[np.isfinite(slopes)]))
 
 
 def _stopped(each: Utility, record: CandidateRecord, items: ItemScores) -> tuple[float, float] | None:

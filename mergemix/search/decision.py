@@ -141,7 +141,7 @@ class Models:
 
     def scores(self, shares: np.ndarray) -> dict[str, np.ndarray]:
         """Predicted scores by capability, (n,) each, of shares (n, K)."""
-        return {name: _means(model, shares) for name, model in self.fitted.items()}
+        return {name: model.mean(shares) for name, model in self.fitted.items()}
 
     def utility(self, shares: np.ndarray) -> np.ndarray:
         """The utility of the predicted scores, (n,)."""
@@ -305,12 +305,6 @@ def _prices(
         without = optimum(models, region.without(bound), seed, [*starts, best])
         found.append(Price(bound.key, bound.text, value(without) - value(best), value(without), without))
     return tuple(sorted(found, key=lambda price: -price.price))
-
-
-def _means(model: Any, shares: np.ndarray) -> np.ndarray:
-    """Without the intervals, which cost most of the time, where a surrogate can."""
-    predict_mean = getattr(model, "predict_mean", None)
-    return model.predict(shares).mean if predict_mean is None else predict_mean(shares)
 
 
 def _utility_itself(scores: Mapping[str, np.ndarray]) -> np.ndarray:

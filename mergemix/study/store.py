@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sqlite3
@@ -207,22 +208,25 @@ class Study:
 
         NaN where a candidate has no score for an item.
         """
-        row = {candidate: number for number, candidate in enumerate(candidate_ids)}
         with database.explained(self.path):
             items = self._connection.execute("SELECT id, benchmark FROM item ORDER BY id").fetchall()
-            scores = self._connection.execute(
+            rows = self._connection.execute(
                 "SELECT candidate, item, score FROM item_score WHERE score IS NOT NULL"
-            ).fetchall()
+            )
+            known = np.fromiter(itertools.chain.from_iterable(rows), np.float64).reshape(-1, 3)
+        wanted, item_ids = (
+            np.array(candidate_ids, np.float64),
+            np.array([item for item, _ in items], np.float64),
+        )
+        known = known[np.isin(known[:, 0], wanted)]
+        by_id = np.argsort(wanted)
+        matrix = np.full((len(wanted), len(items)), np.nan)
+        if len(known):
+            at = by_id[np.searchsorted(wanted, known[:, 0], sorter=by_id)]
+            matrix[at, np.searchsorted(item_ids, known[:, 1])] = known[:, 2]
         columns: dict[str, list[int]] = {}
-        place = {}
-        for number, (item, benchmark) in enumerate(items):
-            place[item] = number
+        for number, (_, benchmark) in enumerate(items):
             columns.setdefault(benchmark, []).append(number)
-        matrix = np.full((len(row), len(items)), np.nan)
-        known = [(row[candidate], place[item], score) for candidate, item, score in scores if candidate in row]
-        if known:
-            rows, numbers, values = zip(*known, strict=True)
-            matrix[list(rows), list(numbers)] = values
         return {benchmark: matrix[:, numbers] for benchmark, numbers in columns.items()}
 
     def item_evaluations(self) -> int:
