@@ -82,16 +82,19 @@ def value_study(
 
 
 def propagate(objective: Objective, scores: Mapping[str, tuple[float, float]]) -> float:
-    """Standard error of the utility from those of capability scores, by the slope of the objective over them."""
+    """Standard error of the utility from those of capability scores, by the slope of the objective over them.
+
+    Capabilities over which the utility has no finite value count as without an effect.
+    """
     count = len(scores)
     up_and_down = np.concatenate([np.eye(count), -np.eye(count)])  # one capability a row, by its error
     at = {
         name: value + error * up_and_down[:, column]
         for column, (name, (value, error)) in enumerate(scores.items())
     }
-    utility = objective(at)
-    slopes = (utility[:count] - utility[count:]) / 2
-    return float(np.linalg.norm(slopes[np.isfinite(slopes)]))
+    up, down = np.split(objective(at), 2)
+    known = np.isfinite(up) & np.isfinite(down)
+    return float(np.linalg.norm(up[known] - down[known]) / 2)
 
 
 def _stopped(each: Utility, record: CandidateRecord, items: ItemScores) -> tuple[float, float] | None:

@@ -9,7 +9,8 @@ import numpy as np
 from mergemix.evals.stats import ItemScores
 from mergemix.evals.utility import Utility
 
-# Added to the squares of differences and to their number, so that a few equal ones are not taken for certainty.
+# Added to the number of differences, with a part of the items' own variance (Laplace's 1 / (n + 1)), so that a few
+# equal ones are not taken for certainty.
 PRIOR_ITEMS = 2.0
 
 
@@ -48,6 +49,6 @@ def estimate(utility: Utility, items: ItemScores, reference: ItemScores) -> tupl
         known = reference[name][np.isfinite(reference[name])]
         mean = math.fsum(differences) / num
         value += weight * (math.fsum(known) / len(known) + mean)
-        spread = float(((differences - mean) ** 2).sum()) + PRIOR_ITEMS * float(known.var())
+        spread = float(((differences - mean) ** 2).sum()) + PRIOR_ITEMS * float(known.var()) / (num + 1)
         variance += weight**2 * spread / (num - 1 + PRIOR_ITEMS) / num
     return value, math.sqrt(variance)
