@@ -56,7 +56,7 @@ def median_regret(kind: str, k: int, where: str, budget: int) -> float:
     return float(np.median(regrets))
 
 
-@pytest.mark.parametrize("k", [3, 4, 5, 6])
+@pytest.mark.parametrize("k", [3, 5])
 @pytest.mark.parametrize("where", ["inside", "face"])
 def test_cma_beats_random_search(k, where):
     budget = 25 * k
@@ -65,7 +65,7 @@ def test_cma_beats_random_search(k, where):
     assert cma < 0.01
 
 
-@pytest.mark.parametrize("k", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("k", [2, 4, 6])
 def test_cma_settles_at_a_vertex(k):
     """The vertex is a start point; what counts is that the samples end up on it and the search says so."""
     names = tuple("abcdef"[:k])
