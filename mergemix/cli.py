@@ -288,7 +288,7 @@ def generate(
 )
 @constraint_options
 @click.option("--drop", multiple=True, help="A domain that is not to be used. Repeat.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @common
 def solve(*, console: Console, study: Path, **options: Any) -> tuple[dict[str, Any], Any]:
     """Decide again from what a study has measured: another utility, other constraints, fewer domains. No engine."""
@@ -304,7 +304,7 @@ def solve(*, console: Console, study: Path, **options: Any) -> tuple[dict[str, A
 @cli.command()
 @click.argument("studies", nargs=2, type=click.Path(path_type=Path), metavar="STUDY STUDY")
 @click.option("--utility", help="Another utility than the first study's, as `run` takes it.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @common
 def compare(
     *, console: Console, studies: tuple[Path, Path], utility: str | None, seed: int
@@ -329,7 +329,7 @@ def compare(
 @click.option("--surrogate", type=click.Choice(SURROGATES), default="auto", show_default=True)
 @click.option("--minimize", is_flag=True, help="Lower scores are better, as of a loss.")
 @constraint_options
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @common
 def fit(*, console: Console, **options: Any) -> tuple[dict[str, Any], Any]:
     """Fit surrogates to mixtures and scores that anybody has measured, test them, and predict the best mixture."""
@@ -409,7 +409,7 @@ def items(
               help="Where the demo keeps its models and its study.")  # fmt: skip
 @click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True)
 @click.option("--budget", type=int, default=32, show_default=True, help="Candidates to evaluate.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--quick", is_flag=True, help="Smaller models and fewer items: shows the way, not the result.")
 @common
 def demo(

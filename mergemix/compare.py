@@ -50,7 +50,7 @@ def compare(first: Path, second: Path, *, utility: str | None = None, seed: int 
     its `ceiling`, what two draws of the first study have; capabilities{name: predicted}; optimum{first second};
     distance{estimate interval ceiling}: half the L1 distance of the best mixtures, the share of tokens that moves;
     regret{first_on_second second_on_first}: what the other study's best mixture costs; noise_floor[first, second];
-    moved: whether the first's best mixture is clearly worse on the second than the second's own; verdict.
+    moved: whether the first's best mixture is clearly worse on the second than the second's own; verdict; warnings.
 
     Raises StudyError and ConfigError for studies that cannot be read, or have too little in common.
     """
@@ -102,7 +102,24 @@ def compare(first: Path, second: Path, *, utility: str | None = None, seed: int 
         "noise_floor": noise,
         "moved": moved,
         "verdict": _verdict(moved, regrets[1], noise[1]),
+        "warnings": _warnings(a, b),
     }
+
+
+def _warnings(a: StoredEvidence, b: StoredEvidence) -> list[str]:
+    """What makes surfaces differ besides the experts."""
+    asked = [
+        {
+            key.removeprefix("benchmark "): value
+            for key, value in each.identity.items()
+            if key.startswith("benchmark ")
+        }
+        for each in (a, b)
+    ]
+    other = sorted(name for name in {**asked[0], **asked[1]} if asked[0].get(name) != asked[1].get(name))
+    if not other:
+        return []
+    return [f"the studies were not asked the same: {', '.join(other)} differ, and so may their surfaces"]
 
 
 def _utilities(evidence: StoredEvidence, names: Sequence[str]) -> dict[tuple[float, ...], float]:
@@ -144,10 +161,10 @@ def _surface(
     objective: Callable[[Mapping[str, np.ndarray]], np.ndarray] = evidence.valuation.objective
     data = measured(usable, objective)
     drawn = {}
-    for name, values in data.scores.items():
-        model = GaussianProcess().fit(data.shares, values, data.noise[name])
+    for name in data.scores:
+        model = GaussianProcess().fit(*data.of(name))
         drawn[name] = model.sample(points, DRAWS, rng)
-    if set(drawn) != set(evidence.valuation.capabilities):  # the utility itself
+    if not data.of_capabilities:
         return Surface(next(iter(drawn.values())), {})
     flat = objective({name: values.ravel() for name, values in drawn.items()})
     return Surface(flat.reshape(DRAWS, len(points)), drawn)

@@ -25,6 +25,7 @@ WHOLE_NUMBERS = (
 NUMBERS = ("holdout_share", "train_tokens", "max_epochs", "kl_limit", "kl_penalty", "interval")
 SHARES = ("prior", "min", "max", "pin", "tokens")
 SWITCHES = ("race", "allow_code_execution")
+WEIGHTS_FILES = (".yaml", ".yml", ".json")
 RESERVED = ("base", "uniform", "best")
 NORMALIZATIONS = ("raw", "base", "minmax", "zscore")
 VERIFICATIONS = ("first", "every", "never")
@@ -142,6 +143,12 @@ class RunConfig:
             )
         if self.interval is not None and not self.interval > 0:
             raise ConfigError(f"interval must be a positive difference of utilities, but is {self.interval}")
+        if self.interval is not None and self.search not in ("bo", "surrogate"):
+            raise ConfigError(
+                f"interval ends a search that models the utility, bo or surrogate, but not {self.search}"
+            )
+        if self.surrogate != "auto" and self.search != "surrogate":
+            raise ConfigError(f"surrogate is the model of search: surrogate, but the search is {self.search}")
         if self.hierarchy is not None and self.layer_groups is not None:
             raise ConfigError("hierarchy and layer_groups cannot go together: leave one out")
         if self.normalize in ("base", "minmax") and self.base is None:
@@ -205,8 +212,8 @@ def load_config_file(path: Path) -> dict[str, Any]:
     for key in TEXTS:
         if key in given and not (isinstance(given[key], str) and given[key]):
             raise ConfigError(f"{path}: {key} must be text, but is {given[key]!r}")
-    for key in ("base", "hierarchy", "utility"):  # a utility may be a file of weights
-        if key in given:
+    for key in ("base", "hierarchy", "utility"):
+        if key in given and (key != "utility" or given[key].endswith(WEIGHTS_FILES)):
             given[key] = _beside(path, given[key])
     if "study" in given:
         given["study"] = str(path.parent / given["study"])

@@ -25,13 +25,22 @@ class Course:
     """
 
     def __init__(
-        self, suite: Suite, utility: Utility, incumbents: Sequence[ItemScores], mixture: Mixture, seed: int
+        self,
+        suite: Suite,
+        utility: Utility,
+        incumbents: Sequence[tuple[ItemScores, float]],
+        mixture: Mixture,
+        seed: int,
+        *,
+        cost: float = 0.0,
     ) -> None:
-        """incumbents: item scores of candidates that answered all items, at least one."""
+        """incumbents: item scores of candidates that answered all items, at least one, and what is taken off their
+        utility; cost: off the mixture's."""
+        scores, costs = [each for each, _ in incumbents], [each for _, each in incumbents]
         own = int.from_bytes(hashlib.sha256(mixture.key().encode()).digest()[:4], "little")
-        order = order_items(utility.weights, suite.item_counts, incumbents, seed=[seed, own])
+        order = order_items(utility.weights, suite.item_counts, scores, seed=[seed, own])
         self._suite = suite
-        self._race = Race(utility, order, incumbents)
+        self._race = Race(utility, order, scores, costs=costs, cost=cost)
         self.blocks: Sequence[Sequence[int]] = [
             suite.numbers(order.block(block)) for block in range(order.num_blocks)
         ]

@@ -99,7 +99,9 @@ class LocalEvaluator:
         """Serve and score mixtures: one after a swap, or several at once. They fail together. start_s: of the first."""
         try:
             if len(mixtures) == 1:
-                course = courses(mixtures[0]) if courses else None
+                # Where several are answered together none can be raced, nor then one that is left over: what a study
+                # holds must not depend on where it was interrupted.
+                course = courses(mixtures[0]) if courses and engine.in_flight == 1 else None
                 return [_evaluate_one(engine, mixtures[0], suite, course, start_s)]
             return _evaluate_together(engine, mixtures, suite, start_s)
         except EngineError as error:

@@ -92,9 +92,8 @@ class Evidence:
             int, int
         ] = {}  # items that each candidate seen in this run has answered, by its number
         self._race_seed: int | None = None
-        self._incumbents: dict[
-            int, dict[str, np.ndarray]
-        ] = {}  # item scores of those that answered everything
+        # Of those that answered everything: item scores, and what is taken off their utility.
+        self._incumbents: dict[int, tuple[dict[str, np.ndarray], float]] = {}
         self._previous_end = time.perf_counter()
 
     @property
@@ -180,16 +179,20 @@ class Evidence:
         assert self._race_seed is not None, "there is a race"
         if not isinstance(self.utility, Utility) or not self._incumbents:
             return None
-        if self.suite.num_items < MIN_RACED_ITEMS:
+        counted = sum(self.suite.item_counts[name] for name, weight in self.utility.weights.items() if weight)
+        if counted < MIN_RACED_ITEMS:
             return None
-        return Course(self.suite, self.utility, list(self._incumbents.values()), mixture, self._race_seed)
+        incumbents = list(self._incumbents.values())
+        return Course(
+            self.suite, self.utility, incumbents, mixture, self._race_seed, cost=self.penalty_of(mixture)
+        )
 
     def _see(self, record: CandidateRecord) -> None:
         """Count a candidate of this run, stored or new: in the same order in every run of the study."""
         self._spent[record.id] = record.items
         mixture = record.mixture
         if record.done and record.repeat == 0 and any(mixture.weights) and self._allows(mixture):
-            self._incumbents.setdefault(record.id, self.item_scores(record))
+            self._incumbents.setdefault(record.id, (self.item_scores(record), self.penalty_of(mixture)))
 
     def outcome_of(self, record: CandidateRecord) -> Outcome:
         """What a search is told."""

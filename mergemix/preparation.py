@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -114,12 +115,17 @@ def constraints_of(config: RunConfig) -> Constraints:
     )
 
 
-def check_item_budget(config: RunConfig, suite: Suite, baselines: int) -> None:
-    """Raise ConfigError unless the item budget pays for the baselines, which answer everything."""
-    needed = baselines * suite.num_items
+def check_item_budget(
+    config: RunConfig, suite: Suite, baselines: Collection[Mixture], search: Search
+) -> None:
+    """Raise ConfigError unless the item budget pays for the baselines and one allowed mixture: they are not raced."""
+    starts = search.region.start_points(None)
+    whole = len(baselines) + (not set(baselines) & set(starts))
+    needed = whole * suite.num_items
     if config.item_budget is not None and config.item_budget < needed:
         raise ConfigError(
-            f"the item budget must cover the {needed} answers of {baselines} baselines to {suite.num_items} items, but "
+            f"the item budget must cover the {needed} answers of {whole} mixtures to {suite.num_items} items (the "
+            "baselines, and one inside the constraints), but "
             f"is {config.item_budget}: give --item-budget {needed} or more, or fewer items"
         )
 
@@ -164,7 +170,13 @@ def valuation_of(
     if not scored:
         reasons = {record.reason for record in references.values() if record.reason}
         raise StudyError(f"no baseline could be evaluated: {'; '.join(sorted(reasons))}")
-    return value_study(suite.capabilities, suite.directions, config.utility, config.normalize, scored)
+    valuation = value_study(suite.capabilities, suite.directions, config.utility, config.normalize, scored)
+    if not any(math.isfinite(valuation.utility(record.scores)) for record, _ in scored.values()):
+        raise ConfigError(
+            f"the utility must have a finite value for a baseline, but {config.utility!r} has none: look at the "
+            "range of normalised scores, or take --normalize minmax"
+        )
+    return valuation
 
 
 def open_holdout(

@@ -52,7 +52,15 @@ def solve(
     """
     evidence = read_evidence(directory, utility=utility, normalize=normalize)
     names, valuation, candidates = evidence.names, evidence.valuation, evidence.candidates
-    constraints = constraints or constraints_of(evidence.identity.get("constraints", {}))
+    own = evidence.identity.get("constraints", {})
+    replaced = []
+    if constraints is not None and own:
+        told = (
+            "; ".join(f"{bound['constraint']}={bound['limit']:g}" for bound in own.get("bounds", ()))
+            or "a prior"
+        )
+        replaced = [f"constraints that are given take the place of all of the study's own ({told})"]
+    constraints = constraints or constraints_of(own)
     region = _without(constraints, names, drop).region(names)
     decision = decide(names, evidence.outcomes(), valuation.objective, region, seed)
     allowed = [
@@ -73,7 +81,7 @@ def solve(
         **_observed(valuation.utility, valuation, region, allowed, noise or 0.0),
         **decision.describe(),
         "pareto": _pareto(decision, allowed, seed),
-        "warnings": [*_warnings(decision, allowed), *decision.warnings],
+        "warnings": [*replaced, *_warnings(decision, allowed), *decision.warnings],
     }
 
 
@@ -129,13 +137,22 @@ def _observed(
     if not allowed:
         return {"observed": None, "indistinguishable": []}
 
+    def penalty(each: Candidate) -> float:
+        return float(region.penalty(np.array([each.mixture.weights]))[0])
+
     def worth(each: Candidate) -> tuple[bool, float]:
         met, value = preference(utility, each.record.scores)
-        return met, value - float(region.penalty(np.array([each.mixture.weights]))[0])
+        return met, value - penalty(each)
 
     best = max(allowed, key=worth)
-    others = {each.mixture: each.items for each in allowed if each is not best}
-    ties = stats.indistinguishable(utility, best.items, others, floor)
+    others = {each.mixture: each for each in allowed if each is not best}
+    ties = stats.indistinguishable(
+        utility,
+        best.items,
+        {mixture: each.items for mixture, each in others.items()},
+        floor,
+        costs={mixture: penalty(each) - penalty(best) for mixture, each in others.items()},
+    )
     value = {each.mixture: utility(each.record.scores) for each in allowed}
     limits = stats.interval(utility, best.items)
     return {
@@ -145,6 +162,7 @@ def _observed(
             "interval": [limit if math.isfinite(limit) else None for limit in limits],
             "capabilities": {n: each(best.record.scores) for n, each in valuation.capabilities.items()},
             "shortfalls": utility.shortfalls(best.record.scores),
+            "penalty": penalty(best),
         },
         "indistinguishable": [m.as_dict() for m in sorted(ties, key=lambda mixture: -value[mixture])],
     }

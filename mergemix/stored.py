@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mergemix.errors import StudyError
+from mergemix.errors import ConfigError, StudyError
 from mergemix.evals.stats import ItemScores
 from mergemix.evals.utility_spec import parse_utility
 from mergemix.mixture import Mixture
@@ -74,13 +74,19 @@ def read_evidence(
         items = _item_scores(study, list(suite), records)
     spec, normalize = utility or identity["utility"], normalize or identity["normalize"]
     valuation = _valuation(suite, spec, normalize, records, items)
-    candidates = tuple(
+    valued = [
         Candidate(record, items[record.id], valuation.outcome(record, items[record.id]))
         for record in records
         if record.repeat == 0 and any(record.mixture.weights) and not record.mixture.groups
-    )
-    if not candidates:
+    ]
+    if not valued:
         raise StudyError(f"a study must have an evaluated mixture, but {directory} has none: run it first")
+    # Without a utility are those that were stopped by another utility, which did not ask what this one counts.
+    candidates = tuple(each for each in valued if each.outcome.utility is not None)
+    if not candidates:
+        raise ConfigError(
+            f"a utility must have a finite value for a mixture that was measured, but {spec!r} has none in {directory}"
+        )
     again = tuple((record, items[record.id]) for record in records if record.repeat and record.done)
     names = tuple(identity["experts"])
     return StoredEvidence(directory, names, identity, suite, spec, normalize, valuation, candidates, again)

@@ -31,7 +31,10 @@ class Valuation:
     reference: ItemScores
 
     def outcome(self, record: CandidateRecord, items: ItemScores) -> Outcome:
-        """A candidate as searches and surrogates are told it. items: NaN where it has no score."""
+        """A candidate as searches and surrogates are told it: without a utility where it has no finite one.
+
+        items: NaN where it has no score.
+        """
         if record.status == "failed":
             return Outcome(None)
         scores = {}
@@ -41,14 +44,18 @@ class Valuation:
             )
             if found is not None:
                 scores[name] = found
-        utility = record.estimate.utility if record.estimate else self.utility(record.scores)
-        complete = len(scores) == len(self.capabilities)
-        return Outcome(
-            utility,
-            propagate(self.objective, scores) if complete else 0.0,
-            scores if complete else {},
-            partial=record.estimate is not None,
-        )
+        known = {name: scores[name] for name in self.objective.spec.counted if name in scores}
+        complete = len(known) == len(self.objective.spec.counted)
+        utility: float | None
+        if record.estimate is None:
+            utility = self.utility(record.scores)
+        elif complete:
+            at = {name: np.array([value]) for name, (value, _) in known.items()}
+            utility = float(self.objective(at)[0])
+        else:  # stopped by another utility, which does not ask what this one counts
+            utility = None
+        stderr = propagate(self.objective, known) if complete else 0.0
+        return Outcome.of(Outcome(utility, stderr, scores, partial=record.estimate is not None))
 
 
 def value_study(

@@ -33,10 +33,11 @@ class WarmStart:
 
     def outcomes(self, valuation: Valuation) -> list[tuple[Mixture, Outcome]]:
         """What the search learns; valuation: of the study that begins, which values the same measurements."""
-        return [
+        valued = [
             (mixture, valuation.outcome(each.record, each.items) if self.same else each.outcome)
             for mixture, each in self.candidates
         ]
+        return [(mixture, outcome) for mixture, outcome in valued if outcome.utility is not None]
 
     def digest(self) -> str:
         """Of all that it brings: proposals depend on it, so it is part of a study's identity."""

@@ -137,12 +137,14 @@ def indistinguishable(
     method: Method = METHOD,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    costs: Mapping[Key, float] | None = None,
 ) -> list[Key]:
     """Those of `others`, in their order, that cannot be told from the best.
 
     That is: 0 lies in the interval of the paired difference, or the difference is within `noise_floor`,
     what utilities differ by when the same mixture is evaluated twice (EngineNoise.floor).
-    correct: the confidence holds for all comparisons together (Bonferroni), which makes the set larger.
+    correct: the confidence holds for all comparisons together (Bonferroni), which makes the set larger. costs: by how
+    much more is taken off each than off the best, such as for straying from a prior.
     Raises ValueError when a benchmark has not the same number of items in all, or no common item.
     """
     if correct and others:
@@ -153,10 +155,12 @@ def indistinguishable(
         )
         for key, items in others.items()
     }
+    more = {key: (costs or {}).get(key, 0.0) for key in found}
     return [
         key
         for key, difference in found.items()
-        if difference.low <= 0 <= difference.high or abs(difference.estimate) <= noise_floor
+        if difference.low + more[key] <= 0 <= difference.high + more[key]
+        or abs(difference.estimate + more[key]) <= noise_floor
     ]
 
 

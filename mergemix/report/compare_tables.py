@@ -42,6 +42,7 @@ def compare_table(result: Mapping[str, Any]) -> RenderableType:
             else []
         ),
         f"Verdict: {result['verdict']}.",
+        *(f"But {warning}." for warning in result["warnings"]),
     ]
     return Group(table, Text("\n".join(lines), overflow="fold"))
 

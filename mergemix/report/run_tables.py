@@ -72,9 +72,13 @@ def verified_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 
 def _shortfalls(best: Mapping[str, Any]) -> list[str]:
+    penalty = best["penalty"]
     return [
-        f"  below its floor by {amount:.3g}: {floor}; no measured mixture meets all floors"
-        for floor, amount in best["shortfalls"].items()
+        *([f"  chosen less {penalty:.3g} for straying from the prior"] if penalty else []),
+        *(
+            f"  below its floor by {amount:.3g}: {floor}; no measured mixture meets all floors"
+            for floor, amount in best["shortfalls"].items()
+        ),
     ]
 
 

@@ -40,8 +40,9 @@ def best_candidate(evidence: Evidence, *, plain: bool = False) -> CandidateRecor
     utility = evidence.valuation.utility
     records = [r for r in evidence.mixtures() if r.done and not (plain and r.mixture.groups)]
     scored = [
-        ((not utility.shortfalls(r.scores), utility(r.scores) - evidence.penalty_of(r.mixture)), r)
+        ((not utility.shortfalls(r.scores), value - evidence.penalty_of(r.mixture)), r)
         for r in records
+        if (value := evidence.utility_of(r)) is not None
     ]
     if not scored:
         reasons = {record.reason for record in evidence.study.candidates() if record.reason}
@@ -76,7 +77,9 @@ def summarize(
     noise_floor = None if noise is None else noise.floor()
     rivals = {record.mixture: record for record in evidence.mixtures() if record.done and record != best}
     rival_items = {mixture: evidence.item_scores(record) for mixture, record in rivals.items()}
-    ties = stats.indistinguishable(utility, best_items, rival_items, noise_floor or 0.0)
+    penalty = evidence.penalty_of(best.mixture)
+    costs = {mixture: evidence.penalty_of(mixture) - penalty for mixture in rivals}
+    ties = stats.indistinguishable(utility, best_items, rival_items, noise_floor or 0.0, costs=costs)
     ties.sort(key=lambda mixture: -utility(rivals[mixture].scores))
     found = {name: evidence.study.find(mixture) for name, mixture in baselines.items()}
     return {
@@ -93,6 +96,7 @@ def summarize(
             "interval": _limits(*stats.interval(utility, best_items)),
             "capabilities": {n: each(best.scores) for n, each in evidence.valuation.capabilities.items()},
             "shortfalls": utility.shortfalls(best.scores),
+            "penalty": penalty,
         },
         "baselines": {
             name: evidence.utility_of(record) if record else None for name, record in found.items()
@@ -103,7 +107,11 @@ def summarize(
         ],
         "uninformative": stats.uninformative([best_items, *rival_items.values()]),
         "decision": decide(
-            search.names, evidence.outcomes(first), evidence.valuation.objective, search.region, seed
+            search.names,
+            list({**dict(search.evidence()), **dict(evidence.outcomes(first))}.items()),
+            evidence.valuation.objective,
+            search.region,
+            seed,
         ).describe(),
         "verified": _verified(evidence, search),
         **_without_groups(evidence),
@@ -155,7 +163,8 @@ def compare(evidence: Evidence, named: Mapping[str, CandidateRecord]) -> dict[st
     return {
         "utility": {name: evidence.utility_of(record) for name, record in named.items()},
         "gain": {
-            name: {"estimate": d.estimate, "interval": _limits(d.low, d.high)} for name, d in ahead.items()
+            name: {"estimate": _limits(d.estimate, 0.0)[0], "interval": _limits(d.low, d.high)}
+            for name, d in ahead.items()
         },
         "items": evidence.suite.num_items,
     }

@@ -6,4 +6,13 @@ from mergemix.search.layers import layer_groups
 from mergemix.search.simplex import snap, start_points
 from mergemix.search.tree import load_tree
 
-__all__ = ["SEARCHES", "Outcome", "Search", "layer_groups", "load_tree", "open_search", "snap", "start_points"]
+__all__ = [
+    "SEARCHES",
+    "Outcome",
+    "Search",
+    "layer_groups",
+    "load_tree",
+    "open_search",
+    "snap",
+    "start_points",
+]

@@ -11,6 +11,7 @@ import numpy as np
 
 from mergemix.errors import ConfigError
 from mergemix.mixture import Mixture
+from mergemix.search.posterior import one_thread
 from mergemix.search.region import Region
 
 # The utility of n candidates, float64 (n,), from their normalised scores by capability, (n,) each.
@@ -137,11 +138,17 @@ class Search(ABC):
         proposed when all of the last one has been told. Asking again before telling gives the same
         ones. Empty exactly when the search has stopped.
         """
+        with one_thread():
+            return self._asked(count)
+
+    def _asked(self, count: int | None) -> list[Mixture]:
         while len(self._waiting) < (count or 1) and len(self._order) < self.budget and not self._reasons:
             missing = None if count is None else count - len(self._waiting)
             batch = self._propose(missing) if self._order else self._starts
             batch = batch[: self.budget - len(self._order)]
             if not batch:
+                if not self._waiting and not self._reasons:
+                    self._reasons = {"exhausted": "no mixture was found that is not known already"}
                 break
             assert all(self.region.contains(mixture.without_groups()) for mixture in batch), "inside"
             self._order.update(dict.fromkeys(batch))
@@ -182,10 +189,10 @@ class Search(ABC):
 
         known = [
             m
-            for m, o in self._evidence()
+            for m, o in self.evidence()
             if o.utility is not None and not m.groups and self.region.contains(m)
         ]
-        posterior = fit_posterior(self._evidence(), self.objective, self.region.penalty) if known else None
+        posterior = fit_posterior(self.evidence(), self.objective, self.region.penalty) if known else None
         if posterior is None:
             return None
         mean, sd = posterior.moments(np.array([mixture.weights for mixture in known]))
@@ -201,22 +208,38 @@ class Search(ABC):
             return None
         return Mixture.of(self.names, used, normalize=False)
 
-    def _evidence(self) -> list[tuple[Mixture, Outcome]]:
+    def evidence(self) -> list[tuple[Mixture, Outcome]]:
         """All that is known of the surface, each mixture once: what was learned before, then what has been told."""
         return list({**self._learned, **dict(self.told())}.items())
 
     def _early(self) -> list[Mixture]:
-        """The best mixtures of another surface, as far as they are new here."""
+        """What earlier evidence holds for best, as far as it was not measured here.
+
+        Of another surface the best mixtures, and of the same one the very best, so that the answer is not below it.
+        """
         hinted = [(m, o.utility) for m, o in self._hints if o.utility is not None and not m.groups]
         ranked = sorted(hinted, key=lambda pair: -pair[1])  # stable: the first of equals
         best = dict.fromkeys(
             self.region.snap(self.region.project(np.array(m.weights))) for m, _ in ranked[:EARLY]
         )
-        return [mixture for mixture in best if self._is_new(mixture)]
+        again = [
+            (self._worth(m, o.utility), m)
+            for m, o in self._learned.items()
+            if o.utility is not None and not o.partial and self.region.contains(m)
+        ]
+        first = [max(again, key=lambda pair: pair[0])[1]] if again else []
+        return [
+            *(mixture for mixture in first if mixture not in self._order),
+            *(mixture for mixture in best if self._is_new(mixture)),
+        ]
 
     def _is_new(self, mixture: Mixture) -> bool:
         """Whether it was neither proposed nor learned."""
         return mixture not in self._order and mixture not in self._learned
+
+    def _worth(self, mixture: Mixture, utility: float) -> float:
+        """The utility, less what straying from the prior costs."""
+        return utility - float(self.region.penalty(np.array([mixture.weights]))[0])
 
     def _scores(self) -> dict[Mixture, float | None]:
         """Utilities that were told, None of failed ones, in the order of proposal."""

@@ -48,6 +48,7 @@ class BlockwiseSearch(Search):
         }
 
     def learn(self, evidence: Sequence[tuple[Mixture, Outcome]], *, same: bool) -> None:
+        super().learn(evidence, same=same)
         self._inner.learn(evidence, same=same)
 
     def ask(self, count: int | None = None) -> list[Mixture]:
@@ -79,13 +80,17 @@ class BlockwiseSearch(Search):
 
     def _best(self) -> Mixture:
         """The best candidate so far, the first of equals, with a group for each of ours."""
-        scored = [(score, mixture) for mixture, score in self._scores().items() if score is not None]
+        scored = self._net()
         mixture = max(scored, key=lambda pair: pair[0])[1] if scored else self._starts[0]
         groups = mixture.groups or tuple(LayerGroup(patterns, mixture.weights) for patterns in self._groups)
         return Mixture(mixture.names, mixture.weights, groups)
 
+    def _net(self) -> list[tuple[float, Mixture]]:
+        """(what it is worth, mixture) of the candidates that did not fail, in the order of proposal."""
+        return [(self._worth(m, utility), m) for m, utility in self._scores().items() if utility is not None]
+
     def _end_round(self, best: Mixture) -> None:
-        score = max((score for score in self._scores().values() if score is not None), default=None)
+        score = max((score for score, _ in self._net()), default=None)
         if self._turn and score == self._best_of_round:
             self._step /= 2
         self._best_of_round = score

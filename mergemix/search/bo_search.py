@@ -27,13 +27,13 @@ class BoSearch(ModelledSearch):
         wanted = count or self.batch
         if posterior is None:
             return self._random(wanted, rng)
-        inside = [m for m, o in self._evidence() if o.utility is not None and self.region.contains(m)]
+        inside = [m for m, o in self.evidence() if o.utility is not None and self.region.contains(m)]
         known = np.array([mixture.weights for mixture in inside or self._starts])
+        if self._narrow(posterior, known, rng) or self._exhausted():
+            return []
         if self._waiting:
             waiting = np.array([mixture.weights for mixture in self._waiting])
             posterior, known = posterior.given(waiting), np.concatenate([known, waiting])
-        elif self._narrow(posterior, known, rng) or self._exhausted():
-            return []
         found: list[Mixture] = []
         for _ in range(wanted):
             mixture = self._next(posterior, known, found, rng)
@@ -43,8 +43,6 @@ class BoSearch(ModelledSearch):
             found.append(mixture)
             at = np.array([mixture.weights])
             posterior, known = posterior.given(at), np.concatenate([known, at])
-        if not found and not self._waiting:
-            self._reasons = {"exhausted": "no mixture was found that is not known already"}
         return found
 
     def _next(

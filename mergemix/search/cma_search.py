@@ -134,7 +134,7 @@ class CmaSearch(Search):
     def _drawn(self) -> list[Sample]:
         """The next generation: of several times as many samples those that the process holds for the best."""
         size = self._strategy.popsize
-        posterior = self._posterior() if len(self._evidence()) <= MODELLED else None
+        posterior = self._posterior() if len(self.evidence()) <= MODELLED else None
         if posterior is None:
             return [self._sample(point) for point in self._strategy.ask()]
         samples = [self._sample(point) for point in self._strategy.ask(DRAWN * size)]
@@ -145,7 +145,7 @@ class CmaSearch(Search):
 
     def _posterior(self) -> Posterior | None:
         return fit_posterior(
-            self._evidence(), self.objective, self.region.penalty, seed=self._seed, memory=self._memory
+            self.evidence(), self.objective, self.region.penalty, seed=self._seed, memory=self._memory
         )
 
     def _sample(self, point: np.ndarray) -> Sample:
@@ -192,7 +192,7 @@ class CmaSearch(Search):
     def _loss(self, mixture: Mixture) -> float:
         score = self._outcome(mixture).utility
         if score is not None:
-            return -score + float(self.region.penalty(np.array([mixture.weights]))[0])
+            return -self._worth(mixture, score)
         known = [score for score in self._scores().values() if score is not None]
         return self._spread() - min(known, default=0.0)
 

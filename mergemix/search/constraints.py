@@ -109,7 +109,14 @@ class Constraints:
         return Bound(kind, name, domains, units / UNITS, text)
 
     def _epoch_bounds(self, names: tuple[str, ...]) -> list[Bound]:
+        if not 0 < self.max_epochs < math.inf:
+            raise ConfigError(f"the epochs must be a number > 0, but are {self.max_epochs:g}")
         if not self.tokens:
+            if self.max_epochs != MAX_EPOCHS:
+                raise ConfigError(
+                    "a number of epochs limits nothing unless it is said how many tokens a domain has and how many are "
+                    "trained on"
+                )
             if self.train_tokens is not None:
                 raise ConfigError(
                     "training tokens limit nothing unless it is said how many tokens a domain has"
@@ -119,9 +126,8 @@ class Constraints:
             raise ConfigError(
                 f"tokens of {', '.join(self.tokens)} limit nothing unless it is said how many tokens are trained on"
             )
-        for label, value in (("the training tokens", self.train_tokens), ("the epochs", self.max_epochs)):
-            if not 0 < value < math.inf:
-                raise ConfigError(f"{label} must be a number > 0, but are {value:g}")
+        if not 0 < self.train_tokens < math.inf:
+            raise ConfigError(f"the training tokens must be a number > 0, but are {self.train_tokens:g}")
         bounds = []
         for name, tokens in self.tokens.items():
             if name not in names:

@@ -205,13 +205,11 @@ def fit_models(
         raise ValueError("a decision needs a measured mixture of data")
     kind = "auto" if len(data) <= FEW else "gp"
     fitted = {
-        name: open_surrogate(kind).fit(
-            data.shares, scores, data.noise[name] if data.noise[name].any() else None, seed=seed
-        )
-        for name, scores in data.scores.items()
+        name: open_surrogate(kind).fit(shares, scores, noise if noise.any() else None, seed=seed)
+        for name, (shares, scores, noise) in ((name, data.of(name)) for name in data.scores)
     }
     warnings = [f"{name}: {warning}" for name, model in fitted.items() for warning in model.warnings]
-    itself = objective is None or list(fitted) == [UTILITY]
+    itself = not data.of_capabilities
     return (
         Models(fitted, _utility_itself if itself or objective is None else objective, seed),
         len(data),

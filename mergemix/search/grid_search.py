@@ -29,7 +29,10 @@ class GridSearch(Search):
             self.identity["grid_steps"] = steps
         else:
             self._lattice = self._finest_inside()
-            self._what = f"the lattice of {len(self._lattice)} points inside the constraints"
+            inside = len(self._lattice)
+            self._what = (
+                f"the lattice of {inside} points inside the constraints" if inside else "a lattice: none fits"
+            )
             self.identity["grid_points"] = len(self._lattice)
 
     def _finest_lattice(self) -> tuple[int, list[Mixture]]:
@@ -55,7 +58,7 @@ class GridSearch(Search):
             points = designs.lattice(self.region, len(points) - 1)
 
     def _propose(self, count: int | None) -> list[Mixture]:
-        new = [point for point in self._lattice if point not in self._order]
+        new = [point for point in self._lattice if self._is_new(point)]
         if not new:
             self._reasons = {"grid": f"all points of {self._what} evaluated"}
         return new

@@ -8,7 +8,7 @@ import numpy as np
 
 from mergemix.errors import ConfigError
 from mergemix.mixture import Mixture
-from mergemix.search.base import Search
+from mergemix.search.base import Outcome, Search
 from mergemix.search.tree import Node, Tree
 
 # A search over the children of a cluster: their names, its budget and its seed.
@@ -80,7 +80,7 @@ class HierarchicalSearch(Search):
                 if mixture not in self._flat:
                     self._flat[mixture] = flat = self._candidate(stage, mixture)
                     self._inner.budget += flat in self._order  # what is known costs nothing
-            known = [(m, self._outcomes[self._flat[m]]) for m in proposed if self._flat[m] in self._outcomes]
+            known = [(m, self._net(self._flat[m])) for m in proposed if self._flat[m] in self._outcomes]
             self._inner.tell(known)
             if not known:  # all are new, or under way
                 return list(
@@ -109,6 +109,13 @@ class HierarchicalSearch(Search):
         if not self.region.is_simplex:
             flat = self.region.project(flat)
         return self.region.snap(flat)
+
+    def _net(self, flat: Mixture) -> Outcome:
+        """What was told of a candidate, less what straying from the prior costs: inner searches do not know it."""
+        outcome = self._outcomes[flat]
+        if not self.region.kl_penalty or outcome.utility is None:
+            return outcome
+        return Outcome(self._worth(flat, outcome.utility), outcome.stderr, partial=outcome.partial)
 
     def _decide(self, stage: Node, inner: Search) -> None:
         scored = [(o.utility, mixture) for mixture, o in inner.told() if o.utility is not None]

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from mergemix.search.surrogates.base import Prediction, Surrogate
 
 UTILITY = "utility"  # the score that is modelled where there is no objective
-QUICK = True
 SAMPLES = 64  # quasi-random draws of the capabilities, for utilities of several
 
 
@@ -29,22 +28,31 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Measured:
-    """Scores of n mixtures. shares: (n, K). scores, noise: (n,) by name, the latter variances of the measurement."""
+    """What n mixtures scored.
+
+    shares: (n, K). scores, noise: (n,) by name, the latter variances of the measurement; NaN where a mixture has no
+    such score. of_capabilities: the scores are those of capabilities, not the utility itself.
+    """
 
     shares: np.ndarray
     scores: Mapping[str, np.ndarray]
     noise: Mapping[str, np.ndarray]
+    of_capabilities: bool
 
     def __len__(self) -> int:
         return len(self.shares)
+
+    def of(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(shares, scores, noise) of the mixtures that have this score."""
+        known = np.isfinite(self.scores[name])
+        return self.shares[known], self.scores[name][known], self.noise[name][known]
 
 
 def measured(evidence: Sequence[tuple[Mixture, Outcome]], objective: Objective | None) -> Measured:
     """What surrogates are fitted to: capabilities where the utility is a function of them, else the utility.
 
     Failed candidates are left out, as are layer groups and what is no mixture of the domains alone (the base). With an
-    objective, so are outcomes without capabilities,
-    unless none has them: then the utilities are modelled.
+    objective, so are outcomes without capabilities, unless none has them: then the utilities are modelled.
 
     A standard error that all candidates have in common comes from the items, which are the same for all: it is no noise
     between them. The noise is therefore what a variance has above the smallest one, as that of a candidate that was
@@ -55,22 +63,26 @@ def measured(evidence: Sequence[tuple[Mixture, Outcome]], objective: Objective |
         for m, o in evidence
         if o.utility is not None and not m.groups and abs(m.base_weight) <= SUM_TOLERANCE
     ]
-    names: list[str] = []
-    if objective is not None and (detailed := [(m, o) for m, o in known if o.capabilities]):
-        names = sorted(set.intersection(*(set(outcome.capabilities) for _, outcome in detailed)))
-        known = detailed if names else known
-    pairs = {name: [outcome.capabilities[name] for _, outcome in known] for name in names} or {
-        UTILITY: [(float(outcome.utility or 0.0), outcome.stderr) for _, outcome in known]
-    }
+    detailed = [(m, o) for m, o in known if o.capabilities] if objective is not None else []
+    if detailed:
+        known = detailed
+        names = sorted({name for _, outcome in known for name in outcome.capabilities})
+        missing = (np.nan, np.nan)
+        pairs = {name: [outcome.capabilities.get(name, missing) for _, outcome in known] for name in names}
+    else:
+        pairs = {UTILITY: [(float(outcome.utility or 0.0), outcome.stderr) for _, outcome in known]}
     columns = {name: np.array(values, np.float64).reshape(-1, 2) for name, values in pairs.items()}
     return Measured(
         np.array([mixture.weights for mixture, _ in known], np.float64),
         {name: column[:, 0] for name, column in columns.items()},
-        {
-            name: column[:, 1] ** 2 - (column[:, 1] ** 2).min(initial=np.inf)
-            for name, column in columns.items()
-        },
+        {name: _own_noise(column[:, 1] ** 2) for name, column in columns.items()},
+        bool(detailed),
     )
+
+
+def _own_noise(variances: np.ndarray) -> np.ndarray:
+    """What each has above the smallest; NaN stays."""
+    return variances - np.nanmin(variances) if len(variances) else variances
 
 
 @dataclass(frozen=True)
@@ -132,7 +144,8 @@ class Posterior:
     def _conditioned(self, shares: np.ndarray, scores: Mapping[str, np.ndarray]) -> Self:
         models = {}
         for name, model in self.models.items():
-            condition = getattr(model, "condition", None)
+            own = model.rest if isinstance(model, Trended) else model
+            condition = getattr(model, "condition", None) if hasattr(own, "condition") else None
             models[name] = model if condition is None else condition(shares, scores[name])
         return replace(self, models=models)
 
@@ -230,21 +243,22 @@ def _fit(
     memory: Memory | None,
 ) -> Posterior:
     models: dict[str, Model] = {}
-    count = len(data) if memory is None else fitted_of(len(data))
-    for name, scores in data.scores.items():
-        noise = data.noise[name]
+    lowest = {}
+    for name in data.scores:
+        shares, scores, noise = data.of(name)
+        count = len(scores) if memory is None else fitted_of(len(scores))
         trend = trends.get(name)
-        guess = np.zeros(len(scores)) if trend is None else trend.predict(data.shares).mean
+        guess = np.zeros(len(scores)) if trend is None else trend.predict(shares).mean
         slope = slope_of(guess[:count], scores[:count])
         rest = scores - slope * guess
-        parts = data.shares[:count], rest[:count], noise[:count] if noise.any() else None
+        parts = shares[:count], rest[:count], noise[:count] if noise.any() else None
         fitted = _remembered({} if memory is None else memory, name, surrogate, parts, seed)
         model: Model = fitted
-        if count < len(data):
-            model = fitted.condition(data.shares[count:], rest[count:], noise[count:])  # type: ignore[attr-defined]
+        if count < len(scores):
+            model = fitted.condition(shares[count:], rest[count:], noise[count:])  # type: ignore[attr-defined]
         models[name] = model if trend is None or slope == 0 else Trended(model, trend, slope)
-    lowest = {name: float(scores.min()) for name, scores in data.scores.items()}
-    return Posterior(models, objective if set(models) != {UTILITY} else None, penalty, lowest)
+        lowest[name] = float(scores.min())
+    return Posterior(models, objective if data.of_capabilities else None, penalty, lowest)
 
 
 def fitted_of(n: int) -> int:
@@ -267,7 +281,7 @@ def _remembered(
     if name not in memory or memory[name][0] != key:
         model = open_surrogate(surrogate)
         # Without cross-validated intervals, which cost most of the time.
-        quick = surrogate == "gp" and QUICK
+        quick = surrogate == "gp"
         fitted = model._fitted(Data(*checked(*parts)), seed) if quick else model.fit(*parts, seed=seed)
         memory[name] = key, fitted
     return memory[name][1]

@@ -52,8 +52,8 @@ class Look(NamedTuple):
 
     stop: the candidate is clearly worse than the best incumbent. estimate: of its utility on all items, with its
     standard_error over the items not yet asked: 0 after the last block. upper: the limit that was compared with the
-    best incumbent's utility; the estimate itself after the last block. benchmarks: the same (estimate, standard error)
-    of each benchmark's mean score, of those that count.
+    best incumbent's utility, costs taken off both; the estimate itself, less its cost, after the last block.
+    benchmarks: the same (estimate, standard error) of each benchmark's mean score, of those that count.
     """
 
     stop: bool
@@ -74,18 +74,29 @@ class Race:
             if look.stop:
                 break
 
-    incumbents: item scores of candidates that have answered all items (NaN: an error), at least one.
+    incumbents: item scores of candidates that have answered all items (NaN: an error), at least one. costs, cost: what
+    is taken off their utilities and off the candidate's, such as for straying from a prior: the race is between what is
+    left.
     Raises ValueError without incumbents or unless 0 < alpha < 0.5.
     """
 
     def __init__(
-        self, utility: Utility, order: ItemOrder, incumbents: Sequence[ItemScores], *, alpha: float = ALPHA
+        self,
+        utility: Utility,
+        order: ItemOrder,
+        incumbents: Sequence[ItemScores],
+        *,
+        alpha: float = ALPHA,
+        costs: Sequence[float] = (),
+        cost: float = 0.0,
     ) -> None:
         if not incumbents:
             raise ValueError("a race needs an incumbent that has answered all items")
         if not 0 < alpha < 0.5:
             raise ValueError(f"alpha must be between 0 and 0.5, but is {alpha}")
-        self.best = max(utility(scores) for scores in incumbents)
+        costs = costs or [0.0] * len(incumbents)
+        self.best = max(utility(scores) - each for scores, each in zip(incumbents, costs, strict=True))
+        self._cost = cost
         self._strata = [stratum for stratum in order.strata if utility.weights.get(stratum.benchmark)]
         self._last = order.num_blocks - 1
         self._predicted: dict[str, np.ndarray] = {}
@@ -116,9 +127,9 @@ class Race:
         variance = math.fsum(weight**2 * variances[name] for name, weight in self._utility.weights.items())
         benchmarks = {name: (means[name], math.sqrt(variances[name])) for name in means}
         if block == self._last or variance == 0:
-            return Look(False, estimate, math.sqrt(variance), estimate, benchmarks)
+            return Look(False, estimate, math.sqrt(variance), estimate - self._cost, benchmarks)
         quantile = t_quantile(1 - self._critical[block], variance**2 / squared)
-        upper = estimate + quantile * math.sqrt(variance)
+        upper = estimate + quantile * math.sqrt(variance) - self._cost
         return Look(upper < self.best, estimate, math.sqrt(variance), upper, benchmarks)
 
     def _information(self) -> tuple[float, ...]:
@@ -178,6 +189,8 @@ def _critical_values(information: tuple[float, ...], alpha: float) -> tuple[floa
     With B a Brownian motion at times t = information, a look stops when B(t) / sqrt(t) < -z. The density of B among
     those that go on is carried from look to look by Gauss-Legendre quadrature.
     """
+    if not information:  # a single block: nothing is stopped
+        return ()
     share = alpha / len(information)
     levels: list[float] = []
     points, density = np.zeros(1), np.ones(1)  # before the first look, B is 0

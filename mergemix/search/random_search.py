@@ -28,17 +28,18 @@ class RandomSearch(Search):
         self._rng = np.random.default_rng(seed)
 
     def _propose(self, count: int | None) -> list[Mixture]:
-        known = set(self._order)
+        known = {*self._order, *self._learned}
+        room = self.budget - len(self._order)
         new: list[Mixture] = []
         repeats = 0
-        while len(known) < self.budget and repeats < MAX_REPEATS:
+        while len(new) < room and repeats < MAX_REPEATS:
             # A walk through a thin region is cheaper for many points at once; what is drawn must not depend on the
             # budget. On the simplex points are drawn one by one, which gives the same ones.
             for shares in self.region.sample(1 if self.region.is_simplex else DRAWN, self._rng):
                 mixture = self.region.snap(shares)
                 if mixture in known:
                     repeats += 1
-                elif len(known) < self.budget:
+                elif len(new) < room:
                     repeats = 0
                     known.add(mixture)
                     new.append(mixture)

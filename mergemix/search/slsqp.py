@@ -48,4 +48,4 @@ def minimize_inside(
         constraints=constraints,
         options={"maxiter": steps, "ftol": precision},
     )
-    return found.x if found.status in (0, 8, 9) and np.isfinite(found.x).all() else None
+    return found.x if found.get("status", 0) in (0, 8, 9) and np.isfinite(found.x).all() else None

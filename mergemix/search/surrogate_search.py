@@ -50,14 +50,14 @@ class SurrogateSearch(ModelledSearch):
             return early
         designed = len(self._order) - len(self._starts)
         rng = self._generator()
-        if designed < self._design_size:
-            return self._design(self._design_size - designed, rng)
+        if designed < self._design_size and (new := self._design(self._design_size - designed, rng)):
+            return new
         posterior = self._posterior()
         if posterior is None:
             return self._random(count or self._round_size, rng)
-        inside = [m for m, o in self._evidence() if o.utility is not None and self.region.contains(m)]
+        inside = [m for m, o in self.evidence() if o.utility is not None and self.region.contains(m)]
         known = np.array([mixture.weights for mixture in inside or self._starts])
-        if not self._waiting and self._narrow(posterior, known, rng):
+        if self._narrow(posterior, known, rng):
             return []
         found: list[Mixture] = []
         for _ in range(count or self._round_size):
@@ -66,8 +66,6 @@ class SurrogateSearch(ModelledSearch):
                 break
             self._predict(posterior, mixture)
             found.append(mixture)
-        if not found and not self._waiting:
-            self._reasons = {"exhausted": "no mixture was found that is not known already"}
         return found
 
     def _design(self, size: int, rng: np.random.Generator) -> list[Mixture]:
@@ -80,7 +78,7 @@ class SurrogateSearch(ModelledSearch):
     ) -> Mixture | None:
         """The best mixture that is predicted, some way from all that is known and that this round proposes."""
         others = np.array([mixture.weights for mixture in self._order])
-        now = np.array([mixture.weights for mixture in found]).reshape(-1, len(self.names))
+        now = np.array([mixture.weights for mixture in (*self._waiting, *found)]).reshape(-1, len(self.names))
 
         def allowed(shares: np.ndarray) -> np.ndarray:
             near = np.abs(shares[:, None] - others).sum(axis=2).min(axis=1) / 2 < AWAY

@@ -317,6 +317,24 @@ class SearchConformance:
         with pytest.raises(ConfigError, match=r"at least two experts.*got 0"):
             self.open(names=())
 
+    @pytest.mark.parametrize(
+        "pin", [{"math": 0.2, "code": 0.3, "web": 0.4}, {"math": 0.2, "code": 0.7999, "sft": 0.0}]
+    )
+    def test_a_region_of_one_or_two_mixtures_is_soon_exhausted(self, pin):
+        region = Constraints(pin=pin).region(NAMES)
+        search = open_search(self.kind, NAMES, budget=30, region=region, groups=self.groups)
+        for _ in range(60):
+            batch = search.ask()
+            search.tell([(mixture, bumpy(mixture)) for mixture in batch])
+            if search.stop():
+                break
+        assert search.stop(), "it says why it ends, and does not spin"
+
+    def test_it_goes_on_when_everything_failed(self):
+        search = self.open(budget=12)
+        assert len(drive(search, lambda mixture: None)) >= 5
+        assert search.stop()
+
     def test_nothing_is_printed_read_or_written(self, tmp_path, monkeypatch, capfd):
         expected = drive(self.open())
         monkeypatch.chdir(tmp_path)

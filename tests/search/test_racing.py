@@ -203,6 +203,27 @@ def test_items_that_failed_are_left_out() -> None:
     assert np.isfinite([race.look(block, nothing)[:4] for block in range(order.num_blocks)]).all()
 
 
+def test_a_benchmark_of_few_items_is_one_block_and_stops_nobody() -> None:
+    utility = Utility({"few": 1.0}, 0.0)
+    counts = {"few": 20}
+    rng = np.random.default_rng(0)
+    order = order_items(utility.weights, counts, [{"few": np.ones(20)}], seed=1)
+    race = Race(utility, order, [{"few": np.ones(20)}])
+    look = race.look(order.num_blocks - 1, {"few": rng.random(20) * 0.1})
+    assert not look.stop
+
+
+def test_what_is_taken_off_counts_in_the_race() -> None:
+    """One that is worse on the items, but costs less, is not stopped; one that costs more is."""
+    *incumbents, candidate = candidates(np.random.default_rng(5), 4, skill=-1.0)
+    best = best_of(incumbents)
+    order = order_items(UTILITY.weights, COUNTS, [best], seed=1)
+    gap = UTILITY(best) - UTILITY(as_good_as(np.random.default_rng(1), candidate, best))
+    free, dear = ({"costs": [gap + 0.3], "cost": cost} for cost in (0.0, gap + 0.9))
+    assert not run(Race(UTILITY, order, [best], **free), order, candidate)[0].stop
+    assert run(Race(UTILITY, order, [best], **dear), order, candidate)[0].stop
+
+
 def test_where_lower_is_better_the_one_with_more_is_stopped() -> None:
     utility = Utility({"loss": -1.0}, 0.0)
     rng = np.random.default_rng(8)

@@ -137,11 +137,12 @@ class Surrogate(ABC):
         n, k = data.shares.shape
         if n > 1 and np.ptp(data.scores) == 0:
             return Constant(), f"all {n} scores are equal ({data.scores[0]:g}): predicted to be so everywhere"
-        if n >= self.needs(k):
+        different = len(np.unique(data.shares, axis=0))
+        if different >= self.needs(k):
             return None
-        model: Surrogate = LinearRidge() if n >= LinearRidge().needs(k) else Constant()
+        model: Surrogate = LinearRidge() if different >= LinearRidge().needs(k) else Constant()
         return model, (
-            f"{self.name} needs at least {self.needs(k)} points for {k} domains, but there are {n}: "
+            f"{self.name} needs at least {self.needs(k)} different mixtures of {k} domains, but there are {different}: "
             f"{model.title} takes its place"
         )
 
@@ -189,7 +190,7 @@ def _inflation(held_out: Prediction, data: Data) -> float:
     count = num_folds(len(np.unique(data.shares, axis=0)))
     if len(data.scores) < 4 or count < 2:
         return 1.0
-    total = np.maximum(np.hypot(held_out.sd, held_out.noise_sd), 1e-300)
+    total = np.maximum(np.hypot(held_out.sd, held_out.noise_sd), 1e-9 * float(np.ptp(data.scores)) or 1e-300)
     errors = np.abs(data.scores - held_out.mean) / total
     by_square = np.sqrt(np.mean(errors**2))
     by_count = np.quantile(errors, CONFIDENCE) / t_quantile((1 + CONFIDENCE) / 2, held_out.freedom)
