@@ -88,7 +88,7 @@ class RunConfig:
     hierarchy: str | None = None
     """YAML file of a tree of domains: searched level by level."""
     interval: float | None = None
-    """The search stops when the best mixture's utility is known within this, on either side."""
+    """A search with a model (bo, surrogate) stops when the predicted optimum's utility is known within this (90%)."""
     max_model_len: int | None = None
     """Tokens of prompt plus answer that the engine is set up for; the model's own limit when not given."""
     layer_groups: str | None = None

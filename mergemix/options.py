@@ -272,7 +272,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--interval",
                 type=float,
-                help="Stop when the best utility is known within this, on either side.",
+                help="Stop when the predicted best utility is known within this, on either side (bo, surrogate).",
             ),
             click.option(
                 "--max-model-len",

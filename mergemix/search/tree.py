@@ -146,5 +146,10 @@ def _check(root: Node, names: Sequence[str], where: str) -> None:
         if name not in leaves:
             raise ConfigError(f"{where}: every expert must be in the tree, but {name!r} is missing: add it")
     for name in clusters:
-        if clusters.count(name) > 1 or name in names:
+        if name in names:
+            raise ConfigError(
+                f"{where}: a cluster must not be called as an expert is, but {name!r} is: rename it, or write "
+                f"{name}: {name} for the expert alone"
+            )
+        if clusters.count(name) > 1:
             raise ConfigError(f"{where}: clusters must have names of their own, but {name!r} is used twice")

@@ -63,7 +63,11 @@ def test_a_tree_is_read_as_it_is_written(tmp_path: Path) -> None:
         ("tree: [web_math, qa, repos, contests, sft, boks]", "no expert is called 'boks'"),
         ("tree: [web_math, web_math, qa, repos, contests, sft, books]", "'web_math' is there twice"),
         ("tree: [web_math, qa, repos, contests, sft]", "'books' is missing"),
-        ("tree: {{books: [web_math, qa], b: [repos, contests, sft, books]}}", "'books' is used twice"),
+        (
+            "tree: {{books: [web_math, qa], b: [repos, contests, sft, books]}}",
+            "must not be called as an expert is, but 'books'",
+        ),
+        ("tree: {{b: {{x: [web_math, qa]}}, x: [repos, contests, sft, books]}}", "'x' is used twice"),
         ("tree: [", "not valid YAML"),
     ],
 )
