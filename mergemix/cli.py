@@ -16,7 +16,7 @@ import click
 from rich.console import Console
 
 from mergemix import __version__
-from mergemix.config import ENGINES, NORMALIZATIONS, SURROGATES, RunConfig, load_config_file
+from mergemix.config import DESIGNS, ENGINES, NORMALIZATIONS, SURROGATES, RunConfig, load_config_file
 from mergemix.errors import MergeMixError
 from mergemix.options import (
     NUMBERS,
@@ -342,6 +342,28 @@ def fit(*, console: Console, **options: Any) -> tuple[dict[str, Any], Any]:
         options["region_of"] = constraints.region
     result = fit_files(**options)
     return result, fit_table(result)
+
+
+@cli.command()
+@click.option("--domain", "domains", multiple=True, help="A domain's name; or several with commas. Repeat.")
+@click.option("--count", type=click.IntRange(min=1), required=True, help="Mixtures, at most.")
+@click.option("--kind", type=click.Choice(DESIGNS), default="maximin", show_default=True)
+@constraint_options
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="CSV file for them, as `fit` takes it back with scores."
+)
+@common
+def design(*, console: Console, domains: tuple[str, ...], **options: Any) -> tuple[dict[str, Any], Any]:
+    """Mixtures that are worth measuring, inside constraints: for proxies that are trained elsewhere."""
+    constraints = constraints_given(options)
+
+    from mergemix.design import design as lay_out
+    from mergemix.report.tables import design_table
+
+    names = tuple(name.strip() for given in domains for name in given.split(","))
+    result = lay_out(names, constraints=constraints, **options)
+    return result, design_table(result)
 
 
 def constraints_given(options: dict[str, Any]) -> Constraints | None:

@@ -12,11 +12,12 @@ from mergemix.errors import ConfigError
 from mergemix.units import parse_size
 
 SEARCHES = ("cma", "bo", "surrogate", "random", "grid")
+DESIGNS = ("maximin", "d-optimal", "dirichlet", "lattice", "vertices")
 SURROGATES = ("auto", "lightgbm", "trees", "gp", "loglinear", "scheffe")
 ENGINES = ("auto", "vllm", "hf")
 TEXTS = (
     "base", "study", "search", "surrogate", "engine", "utility", "normalize", "layer_groups", "verify_swaps",
-    "hierarchy",
+    "hierarchy", "design",
 )  # fmt: skip
 WHOLE_NUMBERS = (
     "budget", "seed", "max_model_len", "tensor_parallel", "device_cache", "host_cache", "lora_in_flight",
@@ -54,6 +55,8 @@ class RunConfig:
     search: str = "cma"
     surrogate: str = "auto"
     """The model that `surrogate` searches with."""
+    design: str = "maximin"
+    """What `surrogate` measures before it models."""
     budget: int = 40
     """Candidates to evaluate, baselines included; the repeat that measures noise comes on top."""
     item_budget: int | None = None
@@ -120,6 +123,7 @@ class RunConfig:
         for key, allowed in (
             ("search", SEARCHES),
             ("surrogate", SURROGATES),
+            ("design", DESIGNS),
             ("engine", ENGINES),
             ("normalize", NORMALIZATIONS),
             ("verify_swaps", VERIFICATIONS),
@@ -147,8 +151,9 @@ class RunConfig:
             raise ConfigError(
                 f"interval ends a search that models the utility, bo or surrogate, but not {self.search}"
             )
-        if self.surrogate != "auto" and self.search != "surrogate":
-            raise ConfigError(f"surrogate is the model of search: surrogate, but the search is {self.search}")
+        for key, default in (("surrogate", "auto"), ("design", "maximin")):
+            if getattr(self, key) != default and self.search != "surrogate":
+                raise ConfigError(f"{key} belongs to search: surrogate, but the search is {self.search}")
         if self.hierarchy is not None and self.layer_groups is not None:
             raise ConfigError("hierarchy and layer_groups cannot go together: leave one out")
         if self.normalize in ("base", "minmax") and self.base is None:

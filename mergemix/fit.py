@@ -17,6 +17,7 @@ from mergemix.search.surrogates import SURROGATES, Average, Stack, Surrogate, nu
 MEAN = "mean"
 CONFIDENCE = 0.9  # of all intervals
 AUTO = "auto"
+SMALLEST = 1e-100  # difference of scores that models can work with
 
 
 def fit(
@@ -79,9 +80,16 @@ def fit_targets(measured: Measured, model: Surrogate, seed: int) -> dict[str, Su
     """A fitted surrogate by target.
 
     The mean of the metrics is fitted as a score of its own; `auto` has the mean of the metrics' predictions as a
-    further member.
+    further member. Raises ConfigError for scores beyond what floating point can square.
     """
     targets = target_scores(measured)
+    for name, scores in targets.items():
+        spread = float(np.ptp(scores))
+        if spread and not SMALLEST < spread < 1 / SMALLEST:
+            raise ConfigError(
+                f"scores must differ by more than {SMALLEST:g} and less than {1 / SMALLEST:g}, but those of {name!r} differ "
+                f"by {spread:g}: give them in another unit"
+            )
     fitted = {name: model.fit(measured.shares, scores, seed=seed) for name, scores in targets.items()}
     mean = fitted.get(MEAN)
     if isinstance(mean, Stack) and mean.members and MEAN not in measured.metrics:

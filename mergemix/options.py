@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mergemix.config import ENGINES, NORMALIZATIONS, SEARCHES, SURROGATES, VERIFICATIONS
+from mergemix.config import DESIGNS, ENGINES, NORMALIZATIONS, SEARCHES, SURROGATES, VERIFICATIONS
 from mergemix.units import parse_size
 
 Value = TypeVar("Value")
@@ -235,6 +235,11 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--surrogate",
                 type=click.Choice(SURROGATES),
                 help="Model of --search surrogate. Default: auto, several stacked by cross-validation.",
+            ),
+            click.option(
+                "--design",
+                type=click.Choice(DESIGNS),
+                help="What --search surrogate measures before it models. Default: maximin.",
             ),
             click.option(
                 "--budget", type=int, help="Candidates to evaluate, baselines included. Default: 40."

@@ -85,6 +85,7 @@ def make_search(config: RunConfig, family: Family, baselines: Collection[Mixture
         tree=load_tree(Path(config.hierarchy), family.names) if config.hierarchy else None,
         interval=config.interval,
         surrogate=config.surrogate,
+        layout=config.design,
     )
 
 

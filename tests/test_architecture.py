@@ -11,7 +11,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"options"},
-    {"run", "generate", "fit", "solve", "compare"},
+    {"run", "generate", "fit", "design", "solve", "compare"},
     {"demo", "report", "doctor"},
     {"preparation"},
     {"evidence", "warm_start"},

@@ -52,6 +52,17 @@ def edited(path: Path, line: int, change) -> Path:
     return path
 
 
+@pytest.mark.parametrize("unit", [1e300, 1e-300])
+def test_scores_of_an_impossible_size_are_refused(tmp_path: Path, unit: float) -> None:
+    mixtures, scores = pair(tmp_path)
+    header, *lines = scores.read_text().splitlines()
+    rows = [line.split(",") for line in lines]
+    scaled = [",".join([row[0], *(repr(float(value) * unit) for value in row[1:])]) for row in rows]
+    scores.write_text("\n".join([header, *scaled]) + "\n")
+    with pytest.raises(ConfigError, match="give them in another unit"):
+        fit(mixtures, scores)
+
+
 def test_the_keys_that_scripts_rely_on(tmp_path: Path) -> None:
     result = fit(*pair(tmp_path), *pair(tmp_path, 50, 1, "test"), minimize=True)
     assert list(result["targets"]) == ["loss/code", "loss/math", "mean"]

@@ -43,6 +43,16 @@ def items_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
+def design_table(result: Mapping[str, Any]) -> RenderableType:
+    table = Table(title=f"{len(result['mixtures'])} mixtures ({result['kind']})", title_justify="left")
+    names = list(result["mixtures"][0])
+    for name in names:
+        table.add_column(name, justify="right")
+    for mixture in result["mixtures"]:
+        add_row(table, *(f"{mixture[name]:.2%}" for name in names))
+    return table
+
+
 def doctor_table(found: Mapping[str, Any]) -> RenderableType:
     table = Table(show_header=False, box=None)
     machine = found["machine"]

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mergemix.errors import ConfigError
 from mergemix.mixture import Mixture
 from mergemix.search.corners import corners, vertices
 from mergemix.search.region import Region
 from mergemix.search.simplex import UNITS
 
+DESIGNS = ("maximin", "d-optimal", "dirichlet", "lattice", "vertices")
 CANDIDATES = 2000  # points that the optimal designs choose from, besides the vertices
 CORNERS = 128
 SWEEPS = 3  # of exchanges over a whole design
@@ -21,6 +23,35 @@ TRIES = 20  # draws per wanted mixture
 VISITS = 20_000  # nodes of the tree of lattice points, before there are too many
 TOTAL_VISITS = 100_000  # likewise, of all lattices tried: in a thin region most have no point inside
 RIDGE = 1e-3  # prior precision per coefficient (DuMouchel & Jones 1994): fewer points than coefficients are allowed
+
+
+def design(
+    kind: str,
+    region: Region,
+    count: int,
+    rng: np.random.Generator,
+    *,
+    existing: Sequence[Mixture] = (),
+    prior: Mixture | None = None,
+) -> list[Mixture]:
+    """Up to `count` distinct mixtures that are not among `existing`, by one of DESIGNS.
+
+    prior: what "dirichlet" is centred on, uniform by default. Raises ConfigError for another kind.
+    """
+    if kind not in DESIGNS:
+        raise ConfigError(f"a design must be one of {', '.join(DESIGNS)}, but is {kind!r}")
+    if kind == "maximin":
+        points = maximin(region, count, rng, existing=existing)
+    elif kind == "d-optimal":
+        points = d_optimal(region, count, rng, existing=existing)
+    elif kind == "dirichlet":
+        centre = prior or Mixture.uniform(region.names)
+        points = dirichlet(region, count + len(existing), centre, len(region.names), rng)
+    elif kind == "vertices":
+        points = vertices(region, count + len(existing))
+    else:
+        points = lattice(region, count + len(existing))
+    return [point for point in points if point not in set(existing)][:count]
 
 
 def lattice(region: Region, count: int) -> list[Mixture]:

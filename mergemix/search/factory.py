@@ -37,13 +37,15 @@ def open_search(
     tree: Tree | None = None,
     interval: float | None = None,
     surrogate: str | None = None,
+    layout: str = "maximin",
 ) -> Search:
     """A fresh search over mixtures of `names`; resume it by telling it the stored scores.
 
     budget: distinct candidates, start points included. seed: an integer >= 0. region: the allowed mixtures, all by
-    default. batch: how many candidates the evaluator answers at once. groups: layer groups to search
-    after the whole model, with half of the budget. tree: of domains, searched cluster by cluster. interval: where a
-    search with a model of the utility stops, see ModelledSearch; others ignore it. surrogate: of the surrogate search.
+    default. batch: how many candidates the evaluator answers at once. groups: layer groups to search after the whole
+    model, with half of the budget. tree: of domains, searched cluster by cluster. interval: where a search with a
+    model of the utility stops, see ModelledSearch; others ignore it. surrogate, layout: model and design of the
+    surrogate search.
     Raises ConfigError on an unknown kind, fewer than two experts, a budget that does not cover the start
     points, a negative seed, or a prior that is not a mixture of `names`.
     """
@@ -57,8 +59,8 @@ def open_search(
     options: dict[str, Any] = {"batch": batch}
     if issubclass(search, ModelledSearch):
         options["interval"] = interval
-    if issubclass(search, SurrogateSearch) and surrogate is not None:
-        options["surrogate"] = surrogate
+    if issubclass(search, SurrogateSearch):
+        options |= {"layout": layout, **({} if surrogate is None else {"surrogate": surrogate})}
     if tree is not None:
 
         def open_inner(children: Sequence[str], budget: int, seed: int) -> Search:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mergemix.mixture import Mixture
-from mergemix.search.designs import maximin
+from mergemix.search.designs import design
 from mergemix.search.modelled import STARTS, ModelledSearch, ascend
 from mergemix.search.posterior import Posterior
 
@@ -29,21 +29,30 @@ class SurrogateSearch(ModelledSearch):
     what was predicted of them stands in `predictions`, beside what they will be measured to be. Source: the paper,
     section 2 of the method, where N = 40, and one such round ends the search.
 
-    surrogate: a name that open_surrogate takes.
+    surrogate: a name that open_surrogate takes. layout: of the design, one of designs.DESIGNS.
     """
 
     kind = "surrogate"
 
     def __init__(
-        self, names: Sequence[str], *, budget: int, seed: int, surrogate: str = "auto", **options: Any
+        self,
+        names: Sequence[str],
+        *,
+        budget: int,
+        seed: int,
+        surrogate: str = "auto",
+        layout: str = "maximin",
+        **options: Any,
     ) -> None:
         super().__init__(names, budget=budget, seed=seed, **options)
         self.surrogate = surrogate
+        self._layout = layout
+        self._prior: Mixture | None = options.get("prior")
         rest = budget - len(self._starts)
         self._design_size = math.ceil(DESIGN_SHARE * rest)
         self._round_size = max(self.batch, math.ceil((rest - self._design_size) / ROUNDS))
         # What is design and what is verification follows from the budget.
-        self.identity |= {"budget": budget, "surrogate": surrogate}
+        self.identity |= {"budget": budget, "surrogate": surrogate, "design": layout}
 
     def _propose(self, count: int | None) -> list[Mixture]:
         if early := self._early():
@@ -69,7 +78,7 @@ class SurrogateSearch(ModelledSearch):
         return found
 
     def _design(self, size: int, rng: np.random.Generator) -> list[Mixture]:
-        points = maximin(self.region, size, rng, existing=list(self._order))
+        points = design(self._layout, self.region, size, rng, existing=list(self._order), prior=self._prior)
         new = [mixture for mixture in points if self._is_new(mixture)]
         return new or self._random(size, rng)
 
