@@ -87,8 +87,8 @@ def fit_targets(measured: Measured, model: Surrogate, seed: int) -> dict[str, Su
         spread = float(np.ptp(scores))
         if spread and not SMALLEST < spread < 1 / SMALLEST:
             raise ConfigError(
-                f"scores must differ by more than {SMALLEST:g} and less than {1 / SMALLEST:g}, but those of {name!r} differ "
-                f"by {spread:g}: give them in another unit"
+                f"scores must differ by more than {SMALLEST:g} and less than {1 / SMALLEST:g}, but those of {name!r} "
+                f"differ by {spread:g}: give them in another unit"
             )
     fitted = {name: model.fit(measured.shares, scores, seed=seed) for name, scores in targets.items()}
     mean = fitted.get(MEAN)

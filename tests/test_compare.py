@@ -99,6 +99,15 @@ def test_studies_with_nothing_in_common_are_refused(first: Path, tmp_path: Path)
         compare(first, tmp_path / "none")
 
 
+def test_other_benchmarks_are_said(first: Path, tmp_path: Path) -> None:
+    assert compare(first, first)["warnings"] == []
+    found = beside(first, tmp_path / "other", identity={"benchmark sums": "other items"})
+    assert "not asked the same: sums differ" in found["warnings"][0]
+    console = Console(width=200, record=True, file=(tmp_path / "out").open("w"))
+    console.print(compare_table(found))
+    assert "not asked the same" in console.export_text()
+
+
 def test_the_table_shows_it_all(first: Path, tmp_path: Path) -> None:
     console = Console(width=120, record=True, file=(tmp_path / "out").open("w"))
     console.print(compare_table(compare(first, first)))

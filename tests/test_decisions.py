@@ -72,8 +72,31 @@ def test_constraints_that_conflict_stop_a_run_before_any_cost(
     result = invoke(*arguments, f"--min={first}=0.7", f"--min={second}=0.6")
     refused(result, 1, first, second)
     refused(invoke(*arguments, "--utility", "nothing >= 3"), 1, "nothing")
+    refused(invoke(*arguments, "--interval", "0.1"), 1, "bo or surrogate, but not cma")
+    refused(invoke(*arguments, "--surrogate", "gp"), 1, "search is cma")
+    refused(invoke(*arguments, "--max-epochs", "2"), 1, "limits nothing")
+    refused(invoke(*arguments, "--max-epochs", "-3"), 1, "epochs must be a number > 0")
     refused(invoke(*arguments, "--utility", "copying; language >= unifrom"), 1, "did you mean 'uniform'")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_utility_without_a_finite_value_ends_a_run_with_a_message(
+    tiny_study: TinyStudy, tmp_path: Path, invoke: Invoke
+) -> None:
+    arguments = tiny_study.arguments(tmp_path / "a")
+    refused(invoke(*arguments, "--utility", "sqrt(language)"), 1, "must have a finite value for a baseline")
+
+
+def test_a_penalty_counts_in_the_answer_and_in_its_ties(tiny_study: TinyStudy, tmp_path: Path, invoke: Invoke) -> None:
+    """At a thousand a nat nothing but the prior can win."""
+    first, *_ = (name for name in tiny_study.paths if name != "base")
+    arguments = [*tiny_study.arguments(tmp_path / "a", budget=9), f"--prior={first}=0.9", "--kl-penalty=1000"]
+    others = ",".join(f"{name}=0.05" for name in tiny_study.paths if name not in ("base", first))
+    code, out, err = invoke(*arguments, f"--prior={others}", "--json")
+    assert code == 0, err
+    best = json.loads(out)["best"]
+    assert best["mixture"][first] == pytest.approx(0.9, abs=0.02)
+    assert json.loads(out)["indistinguishable"] == [], "the others cost hundreds more"
 
 
 @pytest.mark.parametrize("order", ["top-down", "bottom-up"])
@@ -131,6 +154,13 @@ def test_solve_decides_again_without_models(tmp_path: Path, invoke: Invoke) -> N
     code, out, err = invoke(*arguments)
     assert code == 0, err
     assert "What constraints cost" in out
+    code, out, err = invoke(
+        "solve", "--study", tmp_path / "a", "--pin", "math=0.2,code=0.3,web=0.5", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["predicted"]["mixture"] == {"math": 0.2, "code": 0.3, "web": 0.5}
+    refused(invoke("solve", "--study", tmp_path / "a", "--utility", "sqrt(0 - 1 - math)"), 1, "finite value")
+    refused(invoke("solve", "--study", tmp_path / "a", "--seed", "-1"), 2, "--seed")
     refused(invoke("solve", "--study", tmp_path / "a", "--drop", "mat"), 1, "did you mean 'math'")
     refused(invoke("solve", "--study", tmp_path / "none"), 1, "must exist")
 

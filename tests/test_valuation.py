@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from mergemix.evals.estimate import estimate, reference_scores
 from mergemix.evals.utility import Utility
 from mergemix.evals.utility_spec import capability_objective
 from mergemix.stored import read_evidence
+from mergemix.study import Estimate
 from mergemix.valuation import propagate
 from tests.solve_study import write_study
 
@@ -73,6 +75,19 @@ def test_items_that_no_other_has_a_score_for_are_left_out() -> None:
     np.testing.assert_array_equal(reference["a"], [1.0, np.nan, 4.0])
     value, _ = estimate(Utility({"a": 1.0}, 0.0), {"a": np.array([2.0, 9.0, 5.0])}, reference)
     assert value == pytest.approx(3.5)
+
+
+def test_a_stopped_candidate_is_worth_what_is_asked_now(tmp_path: Path) -> None:
+    """Raced on math: what it would have scored on code nobody knows."""
+    write_study(tmp_path / "a", stopped=1)
+    raced = Estimate(0.123, 0.05, {"sums": (0.4, 0.05)})
+    for utility, expected in (("math", 0.4), ("2*math + 1", 1.8), ("code", None), ("macro", None)):
+        evidence = read_evidence(tmp_path / "a", utility=utility)
+        [stopped] = [each for each in evidence.candidates if each.record.status == "stopped"]
+        outcome = evidence.valuation.outcome(replace(stopped.record, estimate=raced), stopped.items)
+        assert outcome.utility == (None if expected is None else pytest.approx(expected))
+        assert outcome.partial
+        assert set(outcome.capabilities) == {"math"}, "which it teaches in any case"
 
 
 def test_stopped_candidates_have_larger_errors(tmp_path: Path) -> None:
