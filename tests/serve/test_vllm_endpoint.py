@@ -178,7 +178,7 @@ def while_it_answers(server: Server, act: Callable[[], Any], was_in_time: Callab
 
     Whenever it came, that answer must be whole, and of x alone.
     """
-    for _ in range(10):
+    for _ in range(40):
         server.serve(ONLY_X)
         started = threading.Event()
         with ThreadPoolExecutor(1) as pool:
