@@ -87,7 +87,9 @@ def test_a_utility_without_a_finite_value_ends_a_run_with_a_message(
     refused(invoke(*arguments, "--utility", "sqrt(language)"), 1, "must have a finite value for a baseline")
 
 
-def test_a_penalty_counts_in_the_answer_and_in_its_ties(tiny_study: TinyStudy, tmp_path: Path, invoke: Invoke) -> None:
+def test_a_penalty_counts_in_the_answer_and_in_its_ties(
+    tiny_study: TinyStudy, tmp_path: Path, invoke: Invoke
+) -> None:
     """At a thousand a nat nothing but the prior can win."""
     first, *_ = (name for name in tiny_study.paths if name != "base")
     arguments = [*tiny_study.arguments(tmp_path / "a", budget=9), f"--prior={first}=0.9", "--kl-penalty=1000"]

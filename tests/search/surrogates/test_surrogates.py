@@ -106,7 +106,10 @@ class TestEverySurrogate:
         shares = points(n, 5)
         model = open_surrogate(name).fit(shares, quadratic(shares))
         if n < model.needs(5):
-            assert any(f"{name} needs at least {model.needs(5)} different mixtures" in text for text in model.warnings)
+            assert any(
+                f"{name} needs at least {model.needs(5)} different mixtures" in text
+                for text in model.warnings
+            )
         else:
             assert not model.warnings
         found = model.predict(points(6, 5, seed=2))
