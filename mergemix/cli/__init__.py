@@ -11,11 +11,11 @@ from typing import NoReturn
 import click
 from rich.console import Console
 
-from mergemix.cli import machine, merging, search
+from mergemix.cli import machine, merging, preflight, search, train, verify
 from mergemix.cli.group import EXIT_ERROR, Interrupted, cli
 from mergemix.errors import MergeMixError
 
-__all__ = ["cli", "machine", "main", "merging", "search"]
+__all__ = ["cli", "machine", "main", "merging", "preflight", "search", "train", "verify"]
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 3
 
