@@ -47,3 +47,11 @@ class PoisonedEngineError(EngineError):
 
 class ProofError(EngineError):
     """The self-test found that live swaps do not give the weights they should."""
+
+
+class CorpusError(MergeMixError):
+    """A corpus that cannot be read, or a line of it that holds nothing to train on."""
+
+
+class TrainingError(MergeMixError):
+    """A training that cannot go on: a loss that is not a number, above all."""

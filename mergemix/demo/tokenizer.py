@@ -8,14 +8,22 @@ from transformers import PreTrainedTokenizerFast
 from mergemix.demo.corpora import ALPHABET
 
 PAD, BOS, EOS, UNKNOWN = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
-VOCABULARY = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *ALPHABET])}
 
 
-def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
+def vocabulary(alphabet: str) -> dict[str, int]:
+    """Token ids of the special tokens, then of the characters."""
+    return {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+
+
+VOCABULARY = vocabulary(ALPHABET)
+
+
+def build_tokenizer(max_length: int, alphabet: str = ALPHABET) -> PreTrainedTokenizerFast:
     """A character tokenizer that puts `<s>` before every text, in the format every engine reads."""
-    tokenizer = Tokenizer(models.BPE(vocab=VOCABULARY, merges=[], unk_token=UNKNOWN))
+    ids = vocabulary(alphabet)
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token=UNKNOWN))
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, VOCABULARY[BOS])]
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, ids[BOS])]
     )
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(

@@ -11,7 +11,7 @@ import numpy as np
 
 from mergemix.errors import ConfigError
 from mergemix.mixture import Mixture
-from mergemix.search.posterior import one_thread
+from mergemix.search.one_thread import one_thread
 from mergemix.search.region import Region
 
 # The utility of n candidates, float64 (n,), from their normalised scores by capability, (n,) each.

@@ -8,9 +8,8 @@ best of many predictions is also a lucky one, which no interval here shows.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,6 +19,8 @@ import numpy as np
 from mergemix.evals.utility_spec import Objective as Floored
 from mergemix.mixture import Mixture
 from mergemix.search.base import Objective, Outcome
+from mergemix.search.one_thread import one_thread
+from mergemix.search.pieces import pieces_of
 from mergemix.search.posterior import UTILITY, measured
 from mergemix.search.region import Region
 from mergemix.search.simplex import UNITS
@@ -31,6 +32,8 @@ DRAWS = 2000
 FEW = 200
 # Of more measured mixtures than these, only the best are starts of the maximisation: each costs a few predictions.
 STARTS = 16
+EXCHANGES, REFINING = (1, 2, 3, 5), 20  # units, and how often: the end of the maximisation, on the grid
+SCORED = 100  # mixtures whose predictions say what scores come up
 
 # Of predictions a floor can be kept: on top of what the utility takes off, so much a unit of shortfall.
 STIFF = 1000.0
@@ -149,8 +152,27 @@ class Models:
 
     def worth(self, shares: np.ndarray, region: Region) -> np.ndarray:
         """What is maximised, (n,): the utility less the region's penalty; and what meets all floors comes first."""
-        scores = self.scores(shares)
-        value = self.objective(scores) - region.penalty(shares)
+        return self._valued(self.scores(shares)) - region.penalty(shares)
+
+    def parts(self, shares: np.ndarray, region: Region) -> Callable[[np.ndarray], np.ndarray] | None:
+        """Functions of shares, (n, K) -> (n, P), whose least is `worth`; None without, or if there is but one.
+
+        shares: (m, K), some of the region, for what scores come up.
+        """
+        names = list(self.fitted)
+
+        def stacked(shares: np.ndarray) -> np.ndarray:
+            return np.stack([self.fitted[name].mean(shares) for name in names], axis=1)
+
+        pieces = pieces_of(
+            lambda scores: self._valued(dict(zip(names, scores.T, strict=True))), stacked(shares)
+        )
+        if pieces is None or len(pieces.offsets) < 2:
+            return None
+        return lambda shares: pieces(stacked(shares)) - region.penalty(shares)[:, None]
+
+    def _valued(self, scores: Mapping[str, np.ndarray]) -> np.ndarray:
+        value = self.objective(scores)
         if isinstance(self.objective, Floored):
             value = value - STIFF * self.objective.shortfall(scores)
         return value
@@ -217,6 +239,7 @@ def fit_models(
     )
 
 
+@one_thread()
 def decide(
     names: Sequence[str],
     observations: Observations,
@@ -255,30 +278,39 @@ def optimum(models: Models, region: Region, seed: int, starts: Sequence[Mixture]
 
     inside = [mixture for mixture in starts if region.contains(mixture)]
     shares = np.array([mixture.weights for mixture in inside]).reshape(len(inside), len(region.names))
-    found = region.snap(maximize(value, region, np.random.default_rng(seed), starts=shares))
+    rng = np.random.default_rng(seed)
+    parts = models.parts(np.vstack([shares, region.sample(SCORED, rng)]), region)
+    found = region.snap(maximize(value, region, rng, starts=shares, parts=parts))
     # On the grid, where a floor that was met exactly may not be met any more, and never worse than a start.
-    candidates = list(dict.fromkeys([found, *inside, *_neighbours(found, region)]))
+    candidates = list(dict.fromkeys([found, *inside]))
     values = value(np.array([mixture.weights for mixture in candidates]))
-    return candidates[int(np.argmax(values))]
+    return _refined(candidates[int(np.argmax(values))], value, region)
 
 
-def _neighbours(mixture: Mixture, region: Region) -> list[Mixture]:
-    """Grid mixtures of the region that a unit or a few, given from one domain to another, lead to."""
+def _refined(
+    mixture: Mixture, value: Callable[[np.ndarray], np.ndarray], region: Region, rounds: int = REFINING
+) -> Mixture:
+    """The grid mixture that exchanges of few units between two domains lead to, each the best there is."""
     units = np.rint(np.array(mixture.weights) * UNITS).astype(int)
     if units.sum() != UNITS:  # uniform, of thirds or the like: no grid mixture
-        return []
-    found = []
-    for giver, taker in itertools.permutations(range(len(units)), 2):
-        for step in (1, 3):
-            if units[giver] < step:
-                continue
-            moved = units.copy()
-            moved[giver] -= step
-            moved[taker] += step
-            near = Mixture(mixture.names, tuple(int(n) / UNITS for n in moved))
-            if region.contains(near):
-                found.append(near)
-    return found
+        return mixture
+    k = len(units)
+    exchanges = (np.eye(k, dtype=int)[:, None] - np.eye(k, dtype=int)[None])[~np.eye(k, dtype=bool)]
+    steps = np.concatenate([size * exchanges for size in EXCHANGES])
+    reached = float(value(units[None] / UNITS)[0])
+    for _ in range(rounds):
+        near = units + steps
+        near = near[(near >= 0).all(axis=1)]
+        near = near[region.holds(near / UNITS)]
+        if not len(near):
+            break
+        values = value(near / UNITS)
+        best = int(np.argmax(values))
+        if not values[best] > reached:
+            break
+        units, reached = near[best], float(values[best])
+        mixture = Mixture(mixture.names, tuple(int(n) / UNITS for n in units))
+    return mixture
 
 
 def _starts(names: Sequence[str], observations: Observations) -> list[Mixture]:

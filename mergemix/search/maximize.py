@@ -11,9 +11,10 @@ from mergemix.mixture import Mixture
 from mergemix.search import kl
 from mergemix.search.corners import vertices
 from mergemix.search.hit_and_run import reach
+from mergemix.search.one_thread import one_thread
 from mergemix.search.region import Region
 from mergemix.search.simplex import UNITS
-from mergemix.search.slsqp import minimize_inside
+from mergemix.search.slsqp import maximize_least, minimize_inside
 
 Objective = Callable[[np.ndarray], np.ndarray]  # shares (n, K) -> utility (n,), higher is better
 
@@ -21,31 +22,40 @@ SAMPLES = 600
 VERTICES = 150
 HILLS = 4  # promising points, apart from each other, that a gradient method refines
 CLIMBERS = 2  # the best of them, that exchanges refine further
+SAME = 1e-3  # share that two points differ by at most which are taken for one
 LONGEST, SHORTEST = 0.25, 0.25 / UNITS  # steps of the exchanges, in shares
 ROUNDS = 30
 HALVINGS = 14  # of the way from outside a KL limit to the inside
 WANDERING = 24  # random directions per climber and round: for ridges that no exchange of two domains follows
 DIFFERENCE = 1e-5  # shares, for gradients
-POLISHING = 40  # steps of the gradient method
+FLATTEST = 1e-5  # of the steepest part's slope: flatter ones are constant
+POLISHING, PRECISION = 40, 1e-10  # of the gradient method: steps, and gain where slopes are 1
 
 
+@one_thread()
 def maximize(
-    objective: Objective, region: Region, rng: np.random.Generator, *, starts: np.ndarray | None = None
+    objective: Objective,
+    region: Region,
+    rng: np.random.Generator,
+    *,
+    starts: np.ndarray | None = None,
+    parts: Objective | None = None,
 ) -> np.ndarray:
     """The shares (K,) in the region with the highest objective that was found, to about a quarter of a unit.
 
     Of a uniform sample, the corners, the start points and `starts` (s, K) the best few that are apart climb: by a
     gradient method (SLSQP), then by exchanges between two domains and along random directions in shrinking steps,
     which need no smoothness, all in one call of the objective. What the objective gives as NaN counts as -inf. Same
-    rng state, same result.
+    rng state, same result. parts: shares (n, K) -> (n, P), smooth functions whose least is the objective, if there are
+    such: the gradient method then follows its kinks instead of ending at the first.
     """
     points = _candidates(region, rng, starts)
     hills, values = _best_apart(points, _evaluate(objective, points), HILLS)
-    polished = np.array([_polish(objective, region, start) for start in hills])
+    polished = np.array([_polish(objective, region, start, parts) for start in hills])
     reached = _evaluate(objective, polished)
     better = reached > values
     hills, values = np.where(better[:, None], polished, hills), np.where(better, reached, values)
-    first = np.argsort(-values, kind="stable")[:CLIMBERS]
+    first = _different(hills, np.argsort(-values, kind="stable"))[:CLIMBERS]
     climbers, values = _climb(objective, region, rng, hills[first], values[first])
     return climbers[int(values.argmax())]
 
@@ -124,6 +134,15 @@ def _best_apart(points: np.ndarray, values: np.ndarray, count: int) -> tuple[np.
     return points[chosen], values[chosen]
 
 
+def _different(points: np.ndarray, order: np.ndarray) -> list[int]:
+    """The indices of `order` of points (n, K) that are no copies of one before: gradients lead to the same place."""
+    chosen: list[int] = []
+    for index in order:
+        if all(np.abs(points[index] - points[other]).sum() / 2 >= SAME for other in chosen):
+            chosen.append(int(index))
+    return chosen
+
+
 def _climb(
     objective: Objective, region: Region, rng: np.random.Generator, points: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -188,25 +207,40 @@ def _inside(region: Region, points: np.ndarray) -> np.ndarray:
     )
 
 
-def _polish(objective: Objective, region: Region, start: np.ndarray) -> np.ndarray:
+def _polish(objective: Objective, region: Region, start: np.ndarray, parts: Objective | None) -> np.ndarray:
     """The end of a gradient ascent (SLSQP) from `start`, drawn into the region; gradients by differences."""
+    wanted = objective if parts is None else parts
     nudges = DIFFERENCE * np.vstack([np.eye(len(start)), -np.eye(len(start))])
-    around = _finite(objective(np.maximum(start + nudges, 0.0)))
-    scale = float(np.ptp(around)) / (2 * DIFFERENCE) or 1.0  # SLSQP wants slopes of about 1
+    changes = np.atleast_1d(np.ptp(_finite(wanted(np.maximum(start + nudges, 0.0))), axis=0)) / (2 * DIFFERENCE)
+    # SLSQP wants slopes of about 1.
+    scale = float(changes[changes >= FLATTEST * changes.max()].min()) or 1.0
 
-    def value(point: np.ndarray) -> float:
-        return -float(_finite(objective(point[None]))[0]) / scale
+    def value(point: np.ndarray) -> np.ndarray:
+        return _finite(wanted(point[None]))[0] / scale
 
     def slope(point: np.ndarray) -> np.ndarray:
         trials = np.maximum(point + nudges, 0.0)
-        above, below = np.split(_finite(objective(trials)), 2)
+        above, below = np.split(_finite(wanted(trials)), 2)
         width = np.diag(trials[: len(point)]) - np.diag(trials[len(point) :])  # one-sided where a share is 0
-        return (below - above) / (width * scale)
+        return (above - below).T / (width * scale)
 
     more = []
     if region.kl_limit is not None:
         more.append(kl.ball(np.array(region.prior), region.kl_limit))
-    found = minimize_inside(region.polytope, value, slope, start, more=more, steps=POLISHING, precision=1e-10)
+    if parts is None:
+        found = minimize_inside(
+            region.polytope,
+            lambda point: -float(value(point)),
+            lambda point: -slope(point),
+            start,
+            more=more,
+            steps=POLISHING,
+            precision=PRECISION,
+        )
+    else:
+        found = maximize_least(
+            region.polytope, value, slope, start, more=more, steps=POLISHING, precision=PRECISION
+        )
     return start if found is None else region.project(found)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol, Self
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 import numpy as np
 
 from mergemix.mixture import SUM_TOLERANCE, Mixture
+from mergemix.search.one_thread import one_thread
 
 if TYPE_CHECKING:
     from mergemix.search.base import Objective, Outcome
@@ -223,14 +223,6 @@ def fit_posterior(
         return None
     with one_thread():
         return _fit(data, objective, penalty, surrogate, seed, trends or {}, memory)
-
-
-def one_thread() -> AbstractContextManager[object]:
-    """Linear algebra on one thread, where this is entered: matrices are small here, and threads would get in each
-    other's way; and the same numbers come out whatever the machine has."""
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
-    return threadpool_limits(limits=1, user_api="blas")
 
 
 def _fit(

@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple, Self
 import numpy as np
 
 from mergemix.evals.stats import t_quantile
+from mergemix.search.one_thread import one_thread
 
 CONFIDENCE = 0.9
 INFLATION = (0.05, 3.0)
@@ -98,8 +99,9 @@ class Surrogate(ABC):
         Raises ValueError for shapes that do not fit each other and for numbers that are not finite.
         """
         data = Data(*checked(shares, scores, noise_var))
-        fitted = self._fitted(data, seed)
-        fitted._calibrate(fitted._cross_validated(data, seed), data, fitted._num_chosen())
+        with one_thread():
+            fitted = self._fitted(data, seed)
+            fitted._calibrate(fitted._cross_validated(data, seed), data, fitted._num_chosen())
         return fitted
 
     def _calibrate(self, held_out: Prediction, data: Data, chosen: int = 0) -> None:

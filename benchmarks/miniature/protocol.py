@@ -1,0 +1,105 @@
+"""Every number of the reproduction, fixed before a held-out mixture is trained.
+
+What was tried on other mixtures to come to these numbers is in docs/lab-notes.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# What the bases have read, and what fills half of every expert's and every reference's batches: a crawl.
+GENERAL = {"math": 0.15, "code": 0.15, "facts": 0.2, "python": 0.2, "prose": 0.2, "spam": 0.1}
+GENERAL_SHARE = (
+    0.5  # DeMix, arXiv 2602.00747: component models work better with about half general data inside
+)
+SEQUENCE = 128  # tokens, which are characters
+BATCH = 16  # sequences
+SEEDS = (0, 1)  # of experts (whose weights are averaged) and of references (whose scores are)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder with grouped-query attention and tied embeddings; experts > 0 makes its blocks mixtures of experts."""
+
+    hidden: int = 128
+    layers: int = 3
+    intermediate: int = 256
+    heads: int = 4
+    experts: int = 0
+    active: int = 2
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps at a constant learning rate."""
+
+    steps: int
+    learning_rate: float
+    warmup: int = 0
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """base: phases of the training from scratch. expert: of experts and of the references they are compared with.
+
+    final: of the models that a chosen mixture is for. held_out: mixtures of the rank study. budget: candidates of a
+    search. grid: 1 / grid is the step of the exhaustive grid of trained models. proxies: trained models that RegMix
+    gets for the tokens that experts cost.
+    """
+
+    shapes: dict[str, Shape] = field(
+        default_factory=lambda: {
+            "dense": Shape(),
+            "moe": Shape(intermediate=64, experts=8),
+            "dense-4x": Shape(hidden=256),
+        }
+    )
+    base: tuple[Phase, ...] = (Phase(700, 2e-3, 50), Phase(200, 2e-4))
+    expert: Phase = Phase(30, 2e-4, 5)
+    final: Phase = Phase(120, 2e-4, 5)
+    documents: int = 40_000
+    items: int = 600
+    people: int = 120
+    held_out: int = 16
+    budget: int = 40
+    grid: int = 3
+    proxies: int = 36
+    landscape: int = 8
+    engine: str = "hf"
+
+
+CPU = Protocol()
+# On a GPU the same studies on larger models and four times the experts' tokens. Not run yet.
+GPU = Protocol(
+    shapes={
+        "dense": Shape(512, 8, 1408, 8),
+        "moe": Shape(512, 8, 352, 8, experts=16, active=4),
+        "dense-4x": Shape(1024, 8, 2816, 16),
+    },
+    base=(Phase(6000, 1e-3, 200), Phase(1500, 1e-4)),
+    expert=Phase(120, 1e-4, 10),
+    final=Phase(480, 1e-4, 10),
+    documents=400_000,
+    people=2000,
+    engine="auto",
+)
+# Seconds instead of minutes, for the test that the way works.
+QUICK = Protocol(
+    shapes={
+        "dense": Shape(32, 1, 64, 2),
+        "moe": Shape(32, 2, 32, 2, experts=4),
+        "dense-4x": Shape(64, 1, 128, 2),
+    },
+    base=(Phase(4, 2e-3),),
+    expert=Phase(2, 1e-3),
+    final=Phase(2, 1e-3),
+    documents=1500,
+    items=20,
+    people=10,
+    held_out=5,
+    budget=14,
+    grid=1,
+    proxies=8,
+    landscape=2,
+)
+SCALES = {"cpu": CPU, "gpu": GPU, "quick": QUICK}
