@@ -47,8 +47,8 @@ def estimate(utility: Utility, items: ItemScores, reference: ItemScores) -> tupl
         if not num:
             return None
         known = reference[name][np.isfinite(reference[name])]
-        mean = math.fsum(differences) / num
-        value += weight * (math.fsum(known) / len(known) + mean)
+        mean = math.fsum(differences.tolist()) / num
+        value += weight * (math.fsum(known.tolist()) / len(known) + mean)
         spread = float(((differences - mean) ** 2).sum()) + PRIOR_ITEMS * float(known.var()) / (num + 1)
         variance += weight**2 * spread / (num - 1 + PRIOR_ITEMS) / num
     return value, math.sqrt(variance)

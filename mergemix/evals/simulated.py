@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -49,16 +50,16 @@ def interval(
     candidates: scores by benchmark, of common items and without NaN. Infinite limits where a benchmark has a single
     item (analytic), or where the utility has no finite value.
     """
-    rng = np.random.default_rng(seed)
     drawn: list[dict[str, np.ndarray]] = [{} for _ in candidates]
     estimate = _contrast([utility(scores) for scores in candidates])
-    for name in utility.benchmarks:
-        scores = np.stack([scores[name] for scores in candidates])
-        if method == "analytic" and scores.shape[1] < 2:
-            return Limits(float(estimate), -math.inf, math.inf)
-        means = (
-            _t_means(scores, resamples, rng) if method == "analytic" else _resampled(scores, resamples, rng)
-        )
+    stacked = {name: np.stack([scores[name] for scores in candidates]) for name in utility.benchmarks}
+    counts = tuple(scores.shape[1] for scores in stacked.values())
+    if method == "analytic" and min(counts) < 2:
+        return Limits(float(estimate), -math.inf, math.inf)
+    rng = np.random.default_rng(seed)
+    noise = _t_noise(len(candidates), counts, resamples, seed) if method == "analytic" else [()] * len(counts)
+    for (name, scores), parts in zip(stacked.items(), noise, strict=True):
+        means = _t_means(scores, *parts) if parts else _resampled(scores, resamples, rng)
         for own, row in zip(drawn, means, strict=True):
             own[name] = row
     with np.errstate(invalid="ignore"):
@@ -89,23 +90,35 @@ def _contrast(values: Sequence[float | np.ndarray]) -> float | np.ndarray:
     return values[0] if len(values) == 1 else values[0] - values[1]
 
 
-def _t_means(scores: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+@lru_cache(maxsize=8)
+def _t_noise(
+    rows: int, counts: tuple[int, ...], resamples: int, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """By benchmark of so many items standard normal draws (rows, resamples), and divisors (resamples,) that make
+    Student's t of them: the same for all comparisons of a study."""
+    rng = np.random.default_rng(seed)
+    return [
+        (rng.standard_normal((rows, resamples)), np.sqrt(rng.chisquare(num - 1, resamples) / (num - 1)))
+        for num in counts
+    ]
+
+
+def _t_means(scores: np.ndarray, normal: np.ndarray, divisor: np.ndarray) -> np.ndarray:
     """Means that are credible given scores of shape (candidates, items), of one or two: (candidates, resamples).
 
     Of two, the second is drawn as the first less the difference, so that copies have the same means to the last bit.
+    normal, divisor: as of `_t_noise`.
     """
     num = scores.shape[1]
     parts = np.stack([scores[0], *(scores[0] - other for other in scores[1:])])
-    centred = parts - parts.mean(axis=1, keepdims=True)
+    level = parts.mean(axis=1, keepdims=True)
+    centred = parts - level
     covariance = centred @ centred.T / (num - 1) / num
     factor = np.sqrt(np.diag(np.diag(covariance)))
     if len(parts) == 2 and factor[0, 0]:
         factor[1, 0] = covariance[1, 0] / factor[0, 0]
         factor[1, 1] = math.sqrt(max(covariance[1, 1] - factor[1, 0] ** 2, 0.0))
-    normal = factor @ rng.standard_normal((len(parts), resamples))
-    drawn = parts.mean(axis=1, keepdims=True) + normal / np.sqrt(
-        rng.chisquare(num - 1, resamples) / (num - 1)
-    )
+    drawn = level + factor @ normal / divisor
     return np.stack([drawn[0], *(drawn[0] - difference for difference in drawn[1:])])
 
 

@@ -45,13 +45,8 @@ def _vertices(region: Region, limit: int) -> tuple[Mixture, ...]:
 
 def _highest(polytope: Polytope, slopes: np.ndarray) -> np.ndarray:
     """The corner (K,) where a linear function is largest."""
-    if not polytope.rows.size:
-        units = polytope.lower.copy()
-        rest = UNITS - units.sum()
-        for k in np.argsort(-slopes):  # all that is free to the best domain, then to the next
-            units[k] += min(rest, polytope.upper[k] - units[k])
-            rest = UNITS - units.sum()
-        return units / UNITS
+    if (polytope.rows.sum(axis=0) <= 1).all():
+        return _highest_of_groups(polytope, slopes) / UNITS
     from scipy.optimize import linprog
 
     above = np.vstack([polytope.rows, -polytope.rows])
@@ -59,6 +54,34 @@ def _highest(polytope: Polytope, slopes: np.ndarray) -> np.ndarray:
     bounds = np.column_stack([polytope.lower, polytope.upper])
     found = linprog(-slopes, above, rests, np.ones((1, polytope.k)), [UNITS], bounds, method="highs-ds")
     return polytope.center if found.x is None else found.x / UNITS
+
+
+def _highest_of_groups(polytope: Polytope, slopes: np.ndarray) -> np.ndarray:
+    """The same where no domain is in two sums, in whole units (K,).
+
+    What a group must have goes to its best domains; then all that is free to the best domain that may still have some,
+    then to the next. What a group adds is concave in its share, so that this is the best.
+    """
+    units = polytope.lower.copy()
+    order = np.argsort(-slopes)
+    groups = [np.flatnonzero(row) for row in polytope.rows]
+    room = np.full(polytope.k, float(UNITS))  # of its group, for each domain
+    for members, least, most in zip(groups, polytope.row_lower, polytope.row_upper, strict=True):
+        rest = max(least - units[members].sum(), 0.0)
+        room[members] = most - units[members].sum() - rest
+        for k in order[np.isin(order, members)]:
+            given = min(rest, polytope.upper[k] - units[k])
+            units[k] += given
+            rest -= given
+    rest = UNITS - units.sum()
+    for k in order:
+        given = min(rest, polytope.upper[k] - units[k], room[k])
+        units[k] += given
+        rest -= given
+        for members in groups:
+            if k in members:
+                room[members] -= given
+    return units
 
 
 def corners(polytope: Polytope, most: int) -> np.ndarray | None:

@@ -211,7 +211,9 @@ def _polish(objective: Objective, region: Region, start: np.ndarray, parts: Obje
     """The end of a gradient ascent (SLSQP) from `start`, drawn into the region; gradients by differences."""
     wanted = objective if parts is None else parts
     nudges = DIFFERENCE * np.vstack([np.eye(len(start)), -np.eye(len(start))])
-    changes = np.atleast_1d(np.ptp(_finite(wanted(np.maximum(start + nudges, 0.0))), axis=0)) / (2 * DIFFERENCE)
+    changes = np.atleast_1d(np.ptp(_finite(wanted(np.maximum(start + nudges, 0.0))), axis=0)) / (
+        2 * DIFFERENCE
+    )
     # SLSQP wants slopes of about 1.
     scale = float(changes[changes >= FLATTEST * changes.max()].min()) or 1.0
 

@@ -57,7 +57,9 @@ def maximize_least(
     """
     k = len(start)
     signed, rests = _rows(polytope)
-    sizes = np.maximum(np.abs(slopes(start)).max(axis=1), 1.0)  # steep ones, as of floors, would drown the others
+    sizes = np.maximum(
+        np.abs(slopes(start)).max(axis=1), 1.0
+    )  # steep ones, as of floors, would drown the others
     inside = np.append(np.ones(k), 0.0)
     constraints: list[dict[str, Any]] = [
         {"type": "eq", "fun": lambda point: point[:k].sum() - 1, "jac": lambda _: inside},

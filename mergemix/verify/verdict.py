@@ -47,7 +47,8 @@ def _choice(overall: Mapping[str, Any]) -> str:
         return "The mixture that they put first is the best one that was trained."
     share = "" if relative is None else f", {relative:.0%} of what the best is ahead of an average one"
     noise = "" if ceiling is None else f" (another seed moves a score by {ceiling['seed_deviation']:.2g})"
-    return f"The mixture that they put first scores {overall['regret']:.3g} less than the best trained one{share}{noise}."
+    cost = f"{overall['regret']:.3g} less than the best trained one"
+    return f"The mixture that they put first scores {cost}{share}{noise}."
 
 
 def _except(capabilities: Mapping[str, Mapping[str, Any]]) -> str:

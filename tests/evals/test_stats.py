@@ -308,7 +308,8 @@ def test_drawn_means_vary_as_means_of_so_many_items_do() -> None:
     num = 9
     a = rng.normal(1, 2, num)
     scores = np.stack([a, 0.5 * a + rng.normal(0, 1, num)])
-    drawn = simulated._t_means(scores, 200_000, rng)
+    [noise] = simulated._t_noise(2, (num,), 200_000, 0)
+    drawn = simulated._t_means(scores, *noise)
     assert drawn.mean(axis=1) == pytest.approx(scores.mean(axis=1), abs=0.01)
     assert np.cov(drawn) == pytest.approx(np.cov(scores) / num * (num - 1) / (num - 3), rel=0.04)
 

@@ -70,9 +70,11 @@ class Kernel(NamedTuple):
         """(Matern52, r, exp(-r)), each (n, m), with r = sqrt(5) |u - v| / length."""
         unit = math.sqrt(5) / self.length
         scaled = squared_distances(unit * u, unit * v)
+        # In place: new memory and passes over it are what these matrices cost.
         np.sqrt(scaled, out=scaled)
-        decay = np.exp(-scaled)
-        matern = scaled / 3  # in place from here: passes over memory are what these matrices cost
+        decay = np.negative(scaled)
+        np.exp(decay, out=decay)
+        matern = scaled / 3
         matern += 1
         matern *= scaled
         matern += 1
@@ -248,36 +250,38 @@ def negative_log_posterior(
     kernel = Kernel.of(theta)
     u = kernel.warped(shares)
     matern, scaled, decay = kernel.matern(u, u)
+    matern *= kernel.amplitude**2
     total = (kernel.trend**2 * u) @ u.T
-    total += kernel.amplitude**2 * matern
+    total += matern
     total += CONSTANT_VAR
     total[np.diag_indices(n)] += kernel.nugget**2 + known + JITTER
     mean, sd = _priors(k)
     try:
-        root = cholesky(total, lower=True, check_finite=False)
+        root = cholesky(total.T, lower=True, check_finite=False, overwrite_a=True)
     except LinAlgError:
         return 1e10, np.zeros_like(theta)
-    lower, _ = dpotri(root, lower=1)  # of the inverse, the lower half; the rest is 0
-    inverse = lower + lower.T
+    half_log_det = np.log(np.diag(root)).sum()
+    lower, _ = dpotri(root, lower=1, overwrite_c=1)  # of the inverse, the lower half; the rest is 0
+    inverse = np.add(lower, lower.T, order="C")  # as everything it will be multiplied with, element by element
     inverse[np.diag_indices(n)] /= 2
     solved = inverse @ scores
     off = (theta - mean) / sd
-    value = 0.5 * scores @ solved + np.log(np.diag(root)).sum() + 0.5 * off @ off
+    value = 0.5 * scores @ solved + half_log_det + 0.5 * off @ off
     # d value / d covariance; what follows is its product with d covariance / d each hyperparameter.
     slope = inverse
-    slope -= np.outer(solved, solved)
+    slope -= np.multiply(solved[:, None], solved, out=lower.T)
     slope *= 0.5
     trended = slope @ u
     gradient = np.empty_like(theta)
-    gradient[0] = 2 * kernel.amplitude**2 * np.vdot(slope, matern)
+    gradient[0] = 2 * np.vdot(slope, matern)
     gradient[1] = 2 * kernel.trend**2 * np.vdot(trended, u)
     gradient[4] = 2 * kernel.nugget**2 * np.trace(slope)
     # slope * d covariance / d (squared distance): d Matern52 is -5/6 (1 + r) exp(-r) / length^2, r as in `matern`
     by_distance = slope
+    decay *= -5 / 6 * (kernel.amplitude / kernel.length) ** 2
     by_distance *= decay
-    scaled_too = scaled + 1
-    by_distance *= scaled_too
-    by_distance *= -5 / 6 * (kernel.amplitude / kernel.length) ** 2
+    np.add(scaled, 1, out=decay)
+    by_distance *= decay
     np.square(scaled, out=scaled)
     gradient[2] = -2 * kernel.length**2 / 5 * np.vdot(by_distance, scaled)
     # d value / d u (n, K), from both terms
