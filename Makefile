@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test setup lint fix type bench bench-gpu clean
+.PHONY: demo test setup lint fix type bench bench-gpu reproduce clean
 
 demo: setup
 	$(BIN)/mergemix demo
@@ -54,5 +54,11 @@ bench-gpu: setup
 	$(BIN)/python -m benchmarks.bench_swap --device cuda --sparse --shape moe-16b --experts 2 --device-cache 66 \
 		--host-cache 0 --out $(RESULTS)/bench_swap-gpu-moe.json
 
+# The paper in miniature. SCALE=gpu: larger models, for a GPU. What is done is kept in mergemix-reproduce, and goes on there.
+SCALE ?= cpu
+reproduce: setup
+	$(BIN)/python -W ignore -m benchmarks.reproduce --scale $(SCALE) --work mergemix-reproduce/$(SCALE) \
+		--out $(RESULTS)/reproduce$(if $(filter gpu,$(SCALE)),-gpu)
+
 clean:
-	rm -rf $(VENV) mergemix-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) mergemix-demo mergemix-reproduce .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -56,11 +56,11 @@ def _head(results: Mapping[str, Any]) -> str:
     command = "make reproduce" + ("" if results["scale_name"] == "cpu" else f" SCALE={results['scale_name']}")
     return (
         f"# The paper in miniature\n\n`{command}`, {results['seconds'] / 60:.0f} minutes on {taken['cores']} cores "
-        f"({taken['cpu']}), commit {str(taken['commit'])[:12]}, Python {taken['python']}. Domains: two made tasks (math, "
-        "code), made facts, the standard library's source (python), its documentation (prose), and spam, which nothing "
-        "asks for. Every number of the protocol is in `benchmarks/miniature/protocol.py`, fixed before a held-out "
-        "mixture was trained. The paper's figures are of models 10,000 times as large on real benchmarks: they stand "
-        "beside ours for the shape of the result, not its size."
+        f"({taken['cpu']}), commit {str(taken['commit'])[:12]}, Python {taken['python']}.\n\n"
+        "Domains: two made tasks (math, code), made facts, the standard library's source (python), its documentation "
+        "(prose), and spam, which nothing asks for. Every number of the protocol is in `benchmarks/miniature/protocol.py`, "
+        "fixed before any held-out mixture was trained. The paper's figures are of models 10,000 times as large on real "
+        "benchmarks: they stand beside ours for the shape of the result, not its size."
     )
 
 
@@ -93,8 +93,8 @@ def _ranks(found: Mapping[str, Any]) -> str:
         f"## 2. Rank consistency, {found['shape']} base: {found['references']} held-out mixtures, two seeds each "
         "(table 2)\n\n"
         + _table(["", "Spearman", "95%", "Kendall", "ceiling", "corrected", "bar", "paper"], rows)
-        + "\n\nCeiling: what the references' own seeds allow. The paper has 12 mixtures and other capabilities (knowledge "
-        "0.98, language 0.72, reasoning 0.89)."
+        + "\n\nCeiling: what the references' own seeds allow. The paper has 12 mixtures and other capabilities "
+        "(knowledge 0.98, language 0.72, reasoning 0.89)."
         + ("\n\n![merged and trained](ranks.png)" if found["shape"] == "dense" else "")
     )
 
