@@ -123,6 +123,7 @@ def stored_config(info: Mapping[str, Any], directory: Path) -> RunConfig:
             "that wrote it, or give --config study.yaml"
         )
     stored["experts"] = dict(stored["experts"])
+    stored["groups"] = {name: tuple(members) for name, members in stored["groups"].items()}
     for key in PATHS:
         stored[key] = tuple(stored[key])
     return RunConfig(**{**stored, "study": directory})

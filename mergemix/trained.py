@@ -144,10 +144,11 @@ def _scores(
     kinds: dict[str, set[str]] = {"benchmark": set(suite), "capability": set(members)}
     kind = max(kinds, key=lambda each: (set(given) == kinds[each], len(set(given) & kinds[each])))
     if unknown := sorted(set(given) - kinds[kind]):
-        every = sorted(set().union(*kinds.values()))
+        other = next((each for each in kinds if unknown[0] in kinds[each]), None)
+        hint = f"it is a {other}" if other else nearest(unknown[0], kinds[kind])
         raise ConfigError(
             f"{where}: scores must all be of capabilities or all of benchmarks, and {shown(unknown[0])} is no {kind} "
-            f"of the study; {nearest(unknown[0], every)}"
+            f"of the study; {hint}"
         )
     if missing := sorted(kinds[kind] - set(given)):
         raise ConfigError(

@@ -13,11 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-import mergemix.rank_stats
 from mergemix.rank_stats import (
     MAX_WIDTH,
     MIN_REFERENCES,
+    RESAMPLES,
+    agreement,
     ceiling,
+    correlations,
+    drawn_means,
     effective_seeds,
     kendall,
     perfect_order_limit,
@@ -35,8 +38,8 @@ TIED = arrays(np.float64, st.tuples(st.just(2), st.integers(3, 12)), elements=st
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """For many studies: fewer draws in each."""
-    monkeypatch.setattr(mergemix.rank_stats, "RESAMPLES", 300)
-    monkeypatch.setattr(mergemix.rank_stats, "PERMUTATIONS", 20)
+    monkeypatch.setattr(agreement, "RESAMPLES", 300)
+    monkeypatch.setattr(correlations, "PERMUTATIONS", 20)
 
 
 def normal_scores(rng: np.random.Generator, n: int, rho: float) -> tuple[np.ndarray, np.ndarray]:
@@ -64,7 +67,7 @@ def test_correlations_are_those_of_scipy(pair: np.ndarray) -> None:
     varies = a.std() > 0 and b.std() > 0
     expected = scipy.stats.spearmanr(a, b).statistic if varies else math.nan
     assert float(spearman(a, b)) == pytest.approx(expected, nan_ok=True)
-    row = mergemix.rank_stats._kendall_rows(a[None], b[None])[0]
+    row = correlations.kendall_rows(a[None], b[None])[0]
     assert row == pytest.approx(scipy.stats.kendalltau(a, b).statistic if varies else math.nan, nan_ok=True)
 
 
@@ -154,7 +157,7 @@ def test_too_few_references_are_said_to_be() -> None:
 
 
 def test_the_number_that_is_asked_for_is_about_enough() -> None:
-    needed = mergemix.rank_stats._needed(0.6)
+    needed = agreement._needed(0.6)
     widths = []
     for number in range(10):
         a, b = normal_scores(np.random.default_rng(number), needed, 0.62)
@@ -300,3 +303,17 @@ def test_shapes_and_holes_are_refused() -> None:
         rank_agreement(np.arange(2), np.array([[1, 1], [np.nan, np.nan]]))
     with pytest.raises(ValueError, match="redraws"):
         rank_agreement(np.arange(3), np.arange(3), redraws=(np.zeros((5, 2)), np.zeros((5, 3, 1))))
+
+
+def test_means_of_drawn_items() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(3, 50))
+    scores[0, :5] = np.nan
+    drawn = drawn_means(scores, rng)
+    assert drawn.shape == (RESAMPLES, 3)
+    assert drawn.mean(axis=0) == pytest.approx(np.nanmean(scores, axis=1), abs=0.02)
+    assert drawn[:, 1].std() == pytest.approx(scores[1].std() / math.sqrt(50), rel=0.1)
+    expected = np.corrcoef(scores[1], scores[2])[0, 1]
+    assert np.corrcoef(drawn[:, 1], drawn[:, 2])[0, 1] == pytest.approx(expected, abs=0.1), (
+        "the same items for all"
+    )

@@ -108,7 +108,7 @@ class Lab:
         self, start: Path, shares: Shares, phase: Phase, *, seed: int, purpose: str, general: bool = True
     ) -> Path:
         """A model trained from `start` on `shares`, half of the tokens general data where `general`."""
-        shares = {domain: round(float(share), 6) for domain, share in shares.items() if share > 0}
+        shares = {domain: round(float(share), 6) for domain, share in sorted(shares.items()) if share > 0}
         what = [start.name, shares, phase.steps, phase.learning_rate, phase.warmup, seed, general]
         out = self.models / _digest(what)
         if not out.exists():

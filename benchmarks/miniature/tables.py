@@ -58,8 +58,8 @@ def _head(results: Mapping[str, Any]) -> str:
         f"# The paper in miniature\n\n`{command}`, {results['seconds'] / 60:.0f} minutes on {taken['cores']} cores "
         f"({taken['cpu']}), commit {str(taken['commit'])[:12]}, Python {taken['python']}.\n\n"
         "Domains: two made tasks (math, code), made facts, the standard library's source (python), its documentation "
-        "(prose), and spam, which nothing asks for. Every number of the protocol is in `miniature/protocol.py` beside the"
-        " benchmarks, fixed before any held-out mixture was trained. The paper's figures are of models 10,000 times as "
+        "(prose), and spam, which nothing asks for. Every number of the protocol is in `miniature/protocol.py` beside"
+        " the benchmarks, fixed before any held-out mixture was trained. The paper has models 10,000 times as "
         "large on real "
         "benchmarks: they stand beside ours for the shape of the result, not its size."
     )

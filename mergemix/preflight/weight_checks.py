@@ -53,8 +53,8 @@ def weight_checks(geometry: FamilyGeometry) -> list[Check]:
         checks += [_distance_check(geometry)]
     if len(geometry.names) > 2 or (geometry.has_base and len(geometry.names) > 1):
         checks += [_apart_check(geometry)]
-    if geometry.has_base and len(geometry.names) > 1:
-        checks += [_cosine_check(geometry)]
+    if geometry.has_base and len(geometry.names) > 1 and _lowest_cosine(geometry) <= COMMON_COSINE:
+        checks += [_cosine_check(geometry)]  # of what is not common to all, which is another check
     return checks
 
 

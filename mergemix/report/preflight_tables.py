@@ -19,12 +19,8 @@ def preflight_table(result: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [checks_table(result["checks"]), _experts(result)]
     parts += [_layers(result)]
     if "curvature" in result:
-        parts += [
-            _matrix(
-                "curvature: row's Hessian along column's gradient, over along its own",
-                result["curvature"]["gamma"],
-            )
-        ]
+        title = "curvature: a row's Hessian along a column's gradient, over along its own"
+        parts += [_matrix(title, result["curvature"]["gamma"])]
     if "routing" in result:
         parts += [_routing(result["routing"])]
     for name, paths in result.get("paths", {}).items():

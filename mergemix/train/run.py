@@ -25,6 +25,8 @@ from mergemix.train.states import States, check_same
 
 # Processes wait for the first one while it tokenises; a launcher ends them all when one of them dies.
 PATIENCE = timedelta(hours=12)
+# A base of this size is collected at once, for the next training needs the memory; collecting takes half a second.
+COLLECTED_BYTES = 256 << 20
 STATE_BYTES = 12  # of a parameter, in a checkpoint to resume from: fp32 weight and two fp32 moments
 
 
@@ -55,7 +57,9 @@ def train(config: TrainConfig, observer: Observer | None = None) -> dict[str, An
         with torch.random.fork_rng(devices=devices), _no_bars():
             record = _train(prepared, accelerator, states, observer, out)
     finally:
-        accelerator.free_memory()
+        size = sum(tensor.nbytes for tensor in prepared.base.tensors.values())
+        if accelerator.device.type == "cuda" or size > COLLECTED_BYTES:
+            accelerator.free_memory()
         states.close()
     return record
 

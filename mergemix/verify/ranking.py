@@ -10,12 +10,11 @@ import numpy as np
 
 from mergemix.evals.utility import AnyUtility, Utility
 from mergemix.mixture import Mixture
-from mergemix.rank_stats import RESAMPLES, rank_agreement
+from mergemix.rank_stats import drawn_means, rank_agreement
 from mergemix.valuation import Valuation
 from mergemix.verify.measure import Scored
 
 OVERALL = None  # beside the names of capabilities, which may be any text
-_CHUNK = 1 << 22  # numbers drawn at once
 
 
 @dataclass(frozen=True)
@@ -76,33 +75,19 @@ class _Layout:
 def _redraw(models: Sequence[Scored], valuation: Valuation, seed: int) -> dict[str | None, np.ndarray] | None:
     """Utility and capabilities of all models under draws of items, the same for all: (RESAMPLES, models) by name.
 
-    None where the items of a model are not known, or not the same ones.
+    None where the items of a model are not known, or none was answered by all.
     """
     rng = np.random.default_rng([seed, 1])
     means: dict[str, np.ndarray] = {}
     for benchmark in sorted({name for each in valuation.capabilities.values() for name in each.weights}):
-        names = {item for each in models if each.items is not None for item in each.items.get(benchmark, ())}
-        if any(each.items is None or not names & set(each.items.get(benchmark, ())) for each in models):
+        answered = [set(() if each.items is None else each.items.get(benchmark, ())) for each in models]
+        if not set.intersection(*answered):
             return None
-        order = sorted(names)
+        order = sorted(set.union(*answered))
         scores = np.array([[each.items[benchmark].get(item, np.nan) for item in order] for each in models])  # type: ignore[index]
-        means[benchmark] = _drawn_means(scores, rng)
+        means[benchmark] = drawn_means(scores, rng)
     found: dict[str | None, np.ndarray] = {OVERALL: _valued(valuation.utility, means)}
     return found | {name: _valued(each, means) for name, each in valuation.capabilities.items()}
-
-
-def _drawn_means(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(RESAMPLES, models): means of (models, items) over items drawn with replacement; NaN: an item without a score."""
-    items = scores.shape[1]
-    known = np.isfinite(scores)
-    filled, drawn = np.where(known, scores, 0.0), []
-    step = max(1, _CHUNK // items)
-    for begin in range(0, RESAMPLES, step):
-        rows = min(step, RESAMPLES - begin)
-        counts = rng.multinomial(items, np.full(items, 1 / items), size=rows).astype(np.float64)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            drawn.append((counts @ filled.T) / (counts @ known.T))
-    return np.concatenate(drawn)
 
 
 def _valued(utility: AnyUtility, means: Mapping[str, np.ndarray]) -> np.ndarray:

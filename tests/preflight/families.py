@@ -37,7 +37,7 @@ class Trainer:
             for domain in DOMAINS
         }
 
-    def base(self, name: str, seed: int, *, steps: int = 250) -> Path:
+    def base(self, name: str, seed: int, *, steps: int = 150) -> Path:
         """Trained on all domains, with a learning rate that falls."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -58,7 +58,7 @@ class Trainer:
         train(model, self._batches(even, seed), [4e-3 * (1 - 0.9 * step / steps) for step in range(steps)])
         return self._save(model, name)
 
-    def expert(self, base: Path, name: str, domain: str, rate: float, *, steps: int = 40) -> Path:
+    def expert(self, base: Path, name: str, domain: str, rate: float, *, steps: int = 30) -> Path:
         """Half general data, the same for every expert, and a constant learning rate."""
         model = load(base)
         even = dict.fromkeys(DOMAINS, 1 / len(DOMAINS))

@@ -17,14 +17,15 @@ PENALTIES = 10.0 ** np.arange(-5.0, 1.6, 0.5)
 class Ridge:
     """Ridge regression with an intercept that is not penalised; the penalty is the best of PENALTIES left-one-out.
 
-    loo: (n,), each target predicted from the others. sd, freedom: of the residuals, from `loo`. Errors of unequal
-    variance weigh by its inverse.
+    directions: (d, r), whose outer product is the coefficients' covariance in units of the noise's variance. loo: (n,),
+    each target predicted from the others. sd, freedom: of the residuals, from `loo`. Errors of unequal variance weigh
+    by its inverse.
     """
 
     coefficients: np.ndarray
     intercept: float
     means: np.ndarray
-    covariance: np.ndarray
+    directions: np.ndarray
     sd: float
     noise_sd: float
     freedom: float
@@ -41,25 +42,22 @@ class Ridge:
         design, goal = (features - means) * root[:, None], (targets - centre) * root
         left, singular, right = np.linalg.svd(design, full_matrices=False)
         unit = (singular**2).sum() / max(len(singular), 1)
-        best: tuple[float, float, np.ndarray, np.ndarray] | None = None
-        for penalty in PENALTIES * max(unit, 1e-12):
-            kept = singular**2 / (singular**2 + penalty)
-            # The intercept is a column as well: of the weighted ones, orthogonal to the design.
-            leverage = (left**2 * kept).sum(axis=1) + weights / n
-            fitted = left @ (kept * (left.T @ goal))
-            left_out = (goal - fitted) / np.maximum(1 - leverage, 1e-6)
-            error = float(np.mean(left_out**2))
-            if best is None or error < best[0]:
-                best = (error, float(penalty), left_out, kept)
-        assert best is not None
-        error, penalty, left_out, kept = best
+        penalties = PENALTIES * max(unit, 1e-12)
+        kept = singular**2 / (singular**2 + penalties[:, None])  # (penalties, r), and so on
+        # The intercept is a column as well: of the weighted ones, orthogonal to the design.
+        leverage = kept @ (left**2).T + weights / n
+        fitted = (kept * (left.T @ goal)) @ left.T
+        left_out = (goal - fitted) / np.maximum(1 - leverage, 1e-6)
+        errors = np.mean(left_out**2, axis=1)
+        best = int(errors.argmin())
+        error, penalty, left_out, kept = float(errors[best]), float(penalties[best]), left_out[best], kept[best]
         coefficients = right.T @ (singular / (singular**2 + penalty) * (left.T @ goal))
         freedom = max(n - 1 - float(kept.sum()), 1.0)
         residual = goal - design @ coefficients
         within = float(residual @ residual) / freedom
-        covariance = (right.T * (1 / (singular**2 + penalty))) @ right
+        directions = right.T / np.sqrt(singular**2 + penalty)
         return cls(
-            coefficients, float(centre), means, covariance, float(np.sqrt(error)), float(np.sqrt(min(within, error))),
+            coefficients, float(centre), means, directions, float(np.sqrt(error)), float(np.sqrt(min(within, error))),
             float(max(n - 1 - min(kept.sum(), n / 2), 1.0)), targets - left_out / root,
         )  # fmt: skip
 
@@ -67,7 +65,7 @@ class Ridge:
         """The spread of a new measurement is that of the targets left out, more where the features are unusual."""
         off = features - self.means
         mean = self.intercept + off @ self.coefficients
-        unusual = np.einsum("md,de,me->m", off, self.covariance, off) + 1 / len(self.loo)
+        unusual = ((off @ self.directions) ** 2).sum(axis=1) + 1 / len(self.loo)
         sd = self.noise_sd * np.sqrt(unusual)
         missing = max(self.sd**2 - self.noise_sd**2, 0.0)
         return Prediction(mean, np.sqrt(sd**2 + missing / 2), np.full(len(mean), self.noise_sd), self.freedom)

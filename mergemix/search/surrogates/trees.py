@@ -59,7 +59,9 @@ class LightGBM(Surrogate):
         shares, scores, noise_var = data
         weights = None if noise_var is None else 1 / (noise_var + 0.1 * scores.var())
         table = lightgbm.Dataset(shares, scores, weight=weights, params={"verbose": -1, "min_data_in_bin": 1})
-        return lightgbm.train({**COMMON, **self.parameters, "seed": seed}, table, self.rounds)
+        settings = {**COMMON, **self.parameters, "seed": seed}
+        # What it would turn into text and back otherwise, for nothing.
+        return lightgbm.train(settings, table, self.rounds, keep_training_booster=True)
 
 
 class BaggedTrees(LightGBM):

@@ -1,0 +1,87 @@
+"""Vocabularies that differ are told from files that only differ in how they were saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mergemix.checkpoints.family import open_family
+from mergemix.preflight.tokenizers import tokenizer_check
+from tests.serve.tiny_models import tiny_tokenizer
+from tests.tiny import random_tensors, write_checkpoint
+
+Change = Callable[[dict[str, Any]], None]
+
+
+def families(root: Path, change: Change | None = None) -> Any:
+    """A base and two experts; `change` edits tokenizer.json of the second."""
+    tensors = random_tensors({"w": (4, 4)}, 0)
+    for name in ("base", "a", "b"):
+        write_checkpoint(root / name, tensors)
+        tiny_tokenizer(bos=True).save_pretrained(root / name)
+    if change is not None:
+        path = root / "b" / "tokenizer.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    return open_family(str(root / "base"), {name: str(root / name) for name in ("a", "b")})
+
+
+def swap_two_ids(content: dict[str, Any]) -> None:
+    vocabulary = content["model"]["vocab"]
+    vocabulary["x"], vocabulary["y"] = vocabulary["y"], vocabulary["x"]
+
+
+def add_a_token(content: dict[str, Any]) -> None:
+    content["added_tokens"].append({**content["added_tokens"][0], "content": "<extra>", "id": 127})
+
+
+def drop_a_merge(content: dict[str, Any]) -> None:
+    content["model"]["merges"].pop()
+
+
+def lower(content: dict[str, Any]) -> None:
+    content["normalizer"] = {"type": "Lowercase"}
+
+
+def only_truncate(content: dict[str, Any]) -> None:
+    content["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+
+
+def test_equal_ones_are_fine(tmp_path: Path) -> None:
+    assert tokenizer_check(families(tmp_path)).verdict == "fine"
+
+
+def test_what_does_not_change_ids_is_fine(tmp_path: Path) -> None:
+    assert tokenizer_check(families(tmp_path, only_truncate)).verdict == "fine"
+
+
+@pytest.mark.parametrize("change", [swap_two_ids, add_a_token, drop_a_merge, lower])
+def test_what_changes_ids_is_not(tmp_path: Path, change: Change) -> None:
+    check = tokenizer_check(families(tmp_path, change))
+    assert check.verdict == "do not trust"
+    assert check.why.startswith("b and base")
+
+
+def test_a_damaged_one_is_doubtful_and_no_error(tmp_path: Path) -> None:
+    family = families(tmp_path)
+    (tmp_path / "a" / "tokenizer.json").write_text("{")
+    assert tokenizer_check(family).verdict == "doubtful"
+
+
+def test_one_that_is_lacking_is_said(tmp_path: Path) -> None:
+    family = families(tmp_path)
+    (tmp_path / "a" / "tokenizer.json").unlink()
+    check = tokenizer_check(family)
+    assert check.verdict == "fine"
+    assert "a: none" in check.why
+
+
+def test_without_any_it_is_not_known(tmp_path: Path) -> None:
+    tensors = random_tensors({"w": (4, 4)}, 0)
+    paths = {name: str(write_checkpoint(tmp_path / name, tensors)) for name in ("base", "a")}
+    assert tokenizer_check(open_family(paths["base"], {"a": paths["a"]})).verdict == "doubtful"
