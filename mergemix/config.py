@@ -52,7 +52,7 @@ class RunConfig:
     """Directories with task files for lm-evaluation-harness."""
     allow_code_execution: bool = False
     """Let benchmarks run what models write, in a sandbox."""
-    search: str = "cma"
+    search: str = "bo"
     surrogate: str = "auto"
     """The model that `surrogate` searches with."""
     design: str = "maximin"

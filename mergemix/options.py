@@ -229,7 +229,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 help="Directory of the study; the same one resumes it.",
             ),
             click.option(
-                "--search", type=click.Choice(SEARCHES), help="How mixtures are proposed. Default: cma."
+                "--search", type=click.Choice(SEARCHES), help="How mixtures are proposed. Default: bo."
             ),
             click.option(
                 "--surrogate",

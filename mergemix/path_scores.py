@@ -34,7 +34,7 @@ BETWEEN = (0.5,)
 # Documents of each domain, and tokens of each: enough for standard errors of about 0.02 nats. Second derivatives cost
 # more, and their norms are not a mean of noise: a few documents tell their size.
 DOCUMENTS, TOKENS = 64, 512
-CURVED_DOCUMENTS, CURVED_TOKENS = 16, 256
+CURVED_DOCUMENTS, CURVED_TOKENS = 8, 256
 
 Stage = Callable[[str], None]
 
@@ -83,8 +83,15 @@ def preflight(config: PreflightConfig, stage: Stage = lambda text: None) -> dict
     suite = _load_suite(config, root, kind)
     stage("comparing weights")
     result = preflight_family(family, memory_bytes=config.memory)
-    findings = [_routing(family, texts, suite, stage), _curvature(family, texts, stage)]
-    findings += [_paths(config, family, kind, texts, suite, stage)]
+    if any(check["name"] == "finite" and check["verdict"] != "fine" for check in result["checks"]):
+        why = "no model can be made of weights that are NaN or Inf"
+        findings = [Findings(missing=dict.fromkeys(("routing", "curvature", "paths"), why))]
+    else:
+        findings = [
+            _routing(family, texts, suite, stage),
+            _curvature(family, texts, stage),
+            _paths(config, family, kind, texts, suite, stage),
+        ]
     for found in findings:
         result |= found.measured
         result["checks"] += [check.as_dict() for check in found.checks]

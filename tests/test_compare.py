@@ -25,13 +25,27 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def again(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same surfaces, measured again."""
+    directory = tmp_path_factory.mktemp("studies") / "again"
+    write_study(directory, seed=1)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def itself(first: Path) -> dict[str, Any]:
+    """A study beside itself."""
+    return compare(first, first)
+
+
 def beside(first: Path, directory: Path, **options: Any) -> dict[str, Any]:
     write_study(directory, **options)
     return compare(first, directory)
 
 
-def test_the_same_surface_measured_again_has_not_moved(first: Path, tmp_path: Path) -> None:
-    found = beside(first, tmp_path / "again", seed=1)
+def test_the_same_surface_measured_again_has_not_moved(first: Path, again: Path) -> None:
+    found = compare(first, again)
     assert not found["moved"]
     assert "no move can be told" in found["verdict"]
     predicted = found["rank_correlation"]["predicted"]
@@ -75,19 +89,17 @@ def test_a_domain_that_one_of_them_lacks_is_left_out(first: Path, tmp_path: Path
     assert set(found["optimum"]["second"]) == set(NAMES)
 
 
-def test_the_same_call_gives_the_same_answer(first: Path) -> None:
-    assert compare(first, first, seed=3) == compare(first, first, seed=3)
-    itself = compare(first, first)
+def test_the_same_call_gives_the_same_answer(first: Path, itself: dict[str, Any]) -> None:
+    assert compare(first, first) == itself
     assert itself["rank_correlation"]["measured"]["spearman"] == pytest.approx(1)
     assert not itself["moved"]
 
 
-def test_another_utility_may_be_compared_by(first: Path, tmp_path: Path) -> None:
-    write_study(tmp_path / "second", seed=1)
-    found = compare(first, tmp_path / "second", utility="worst; code >= 0.2")
+def test_another_utility_may_be_compared_by(first: Path, again: Path) -> None:
+    found = compare(first, again, utility="worst; code >= 0.2")
     assert found["utility"] == "worst; code >= 0.2"
     with pytest.raises(ConfigError, match="nothing"):
-        compare(first, tmp_path / "second", utility="nothing")
+        compare(first, again, utility="nothing")
 
 
 def test_studies_with_nothing_in_common_are_refused(first: Path, tmp_path: Path) -> None:
@@ -99,8 +111,8 @@ def test_studies_with_nothing_in_common_are_refused(first: Path, tmp_path: Path)
         compare(first, tmp_path / "none")
 
 
-def test_other_benchmarks_are_said(first: Path, tmp_path: Path) -> None:
-    assert compare(first, first)["warnings"] == []
+def test_other_benchmarks_are_said(first: Path, itself: dict[str, Any], tmp_path: Path) -> None:
+    assert itself["warnings"] == []
     found = beside(first, tmp_path / "other", identity={"benchmark sums": "other items"})
     assert "not asked the same: sums differ" in found["warnings"][0]
     console = Console(width=200, record=True, file=(tmp_path / "out").open("w"))
@@ -108,9 +120,9 @@ def test_other_benchmarks_are_said(first: Path, tmp_path: Path) -> None:
     assert "not asked the same" in console.export_text()
 
 
-def test_the_table_shows_it_all(first: Path, tmp_path: Path) -> None:
+def test_the_table_shows_it_all(itself: dict[str, Any], tmp_path: Path) -> None:
     console = Console(width=120, record=True, file=(tmp_path / "out").open("w"))
-    console.print(compare_table(compare(first, first)))
+    console.print(compare_table(itself))
     text = console.export_text()
     for part in ("34 measured mixtures", "language", "Best of the second", "Verdict: no move can be told"):
         assert part in text

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from mergemix.preflight.texts import read_texts
 from tests.command_line import Invoke, refused
@@ -110,6 +112,31 @@ def test_without_a_base(invoke: Invoke, tiny_study: TinyStudy, corpus: Path) -> 
     assert set(result["moved"].values()) == {None}
     assert "give --base" in result["not_measured"]["curvature"]
     assert "base" not in result["paths"]["loss"]["ends"]
+
+
+def test_an_expert_with_a_nan_is_a_verdict_and_no_error(
+    invoke: Invoke, tiny_study: TinyStudy, corpus: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_study.paths["math"], broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    given = [
+        f"--experts=code={tiny_study.paths['code']}",
+        f"--experts=math={broken}",
+        f"--data=math={corpus}",
+    ]
+    code, out, err = invoke(
+        "preflight", f"--base={tiny_study.paths['base']}", *given, "--engine=hf", "--json"
+    )
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    [why] = [check["why"] for check in result["checks"] if check["name"] == "finite"]
+    assert result["verdict"] == "do not trust"
+    assert why.startswith("math holds NaN or Inf, in model.norm.weight")
+    assert result["norms"] == {"code": result["norms"]["code"], "math": None}
+    assert set(result["not_measured"]) == {"routing", "curvature", "paths"}
 
 
 def test_bad_input_is_refused(invoke: Invoke, tiny_study: TinyStudy, tmp_path: Path) -> None:

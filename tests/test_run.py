@@ -101,11 +101,21 @@ def test_a_finished_study_answers_again_without_an_engine(
     assert run(config(tiny_study, study)) == summary
 
 
-def test_another_seed_is_another_study(tiny_study: TinyStudy, finished: tuple[Path, dict[str, Any]]) -> None:
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"seed": 8}, r"seed: the study has 7, this run has 8"),
+        # What a study.yaml that leaves `search` out asks for may change with the version.
+        ({"search": "cma"}, r'search: the study has "bo", this run has "cma"'),
+    ],
+)
+def test_another_search_is_another_study(
+    tiny_study: TinyStudy, finished: tuple[Path, dict[str, Any]], changed: dict[str, Any], told: str
+) -> None:
     study, _ = finished
     before = (study / "mixture.json").read_bytes()
-    with pytest.raises(StudyError, match=r"seed: the study has 7, this run has 8"):
-        run(config(tiny_study, study, seed=8))
+    with pytest.raises(StudyError, match=told):
+        run(config(tiny_study, study, **changed))
     assert (study / "mixture.json").read_bytes() == before
 
 

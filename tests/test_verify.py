@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,13 @@ from mergemix.errors import (
 from mergemix.identity import stored_config
 from mergemix.merge import merge_to_directory
 from mergemix.mixture import Mixture
+from mergemix.rank_stats import agreement, bootstrap, correlations
 from mergemix.run import run
 from mergemix.serve.engine import Swap
 from mergemix.serve.hf_engine import HfEngine
 from mergemix.study import Estimate, ItemRecord, Study
 from mergemix.verify import measure, verify
+from tests.checkpoints.peft_adapters import write_adapter
 from tests.command_line import Invoke, refused
 from tests.study_fixture import TinyStudy
 
@@ -53,6 +55,16 @@ SHARES = (
 )
 MIXTURES = [Mixture(NAMES, shares) for shares in SHARES]
 NOISE = 0.002  # of weights: another seed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_draws() -> Iterator[None]:
+    """What is told does not hang on how many draws an interval has."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (bootstrap, agreement):
+            patch.setattr(module, "RESAMPLES", 200)
+        patch.setattr(correlations, "PERMUTATIONS", 200)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -258,25 +270,52 @@ def test_the_search_goes_on_after_a_verification(done: tuple[Path, dict[str, Any
         assert [r.id for r in study.candidates()][: len(before)] == [r.id for r in before]
 
 
-def test_a_checkpoint_that_fails_is_left_out_and_told(
+def test_references_may_be_adapters(tiny_study: TinyStudy, tmp_path: Path) -> None:
+    """Trained on the study's base, beside whole checkpoints; here they are the experts themselves."""
+    base, web = tiny_study.paths["base"], tiny_study.paths["web"]
+    write_adapter(base, tmp_path / "math", target_modules=["q_proj", "v_proj"], r=3, size=0.1)
+    experts = {"math": str(tmp_path / "math"), "web": str(web)}
+    bench = tuple(map(str, tiny_study.bench))
+    directory = tmp_path / "study"
+    run(
+        RunConfig(
+            experts=experts,
+            base=str(base),
+            bench=bench,
+            study=directory,
+            budget=4,
+            engine="hf",
+            search="random",
+        )
+    )
+    lines = [{"mixture": {name: 1}, "checkpoint": path} for name, path in experts.items()]
+    result = verify(directory, write(tmp_path / "references.jsonl", lines))
+    assert result["evaluated"] == {"proxies": 0, "checkpoints": 2}
+    for point in result["calibration"]:
+        assert point["trained"]["overall"] == [point["proxy"]["overall"]]
+    assert any("2 of 2 references have a single domain" in warning for warning in result["warnings"])
+
+
+def test_what_fails_is_left_out_and_told(
     study: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One of the checkpoints, and the proxy of another mixture."""
     real = HfEngine.apply
 
     def failing(self: HfEngine, mixture: Mixture) -> Swap:
-        if (
-            mixture.names[0].startswith("line")
-            and mixture.weights == Mixture.one_hot(mixture.names, "line 3").weights
-        ):
+        if mixture == MIXTURES[2] or mixture.as_dict().get("line 3") == 1:
             raise EngineError("out of memory")
         return real(self, mixture)
 
     monkeypatch.setattr(HfEngine, "apply", failing)
-    result = verify(study, at(tmp_path / "some.jsonl", read(trained)[:6], trained.parent))
-    assert result["references"] == 3
+    result = verify(study, at(tmp_path / "some.jsonl", read(trained)[:8], trained.parent))
+    assert [point["mixture"] for point in result["calibration"]] == [
+        MIXTURES[number].as_dict() for number in (0, 1, 3)
+    ]
+    assert [point["seeds"] for point in result["calibration"]] == [[1, 2], [2], [1, 2]]
     assert result["runs"] == 5
-    assert result["calibration"][1]["seeds"] == [2]
-    assert any("line 3 is left out: out of memory" in warning for warning in result["warnings"])
+    assert f"the proxy of {MIXTURES[2]} is left out: out of memory" in result["warnings"]
+    assert "the training run of line 3 is left out: out of memory" in result["warnings"]
 
 
 @pytest.mark.parametrize(
@@ -328,6 +367,9 @@ def test_experts_that_have_moved(study: Path, trained: Path, tiny_study: TinyStu
     other = replace(moved, experts={**moved.experts, "web": str(models / "base")})
     with pytest.raises(StudyError, match="expert web"):
         verify(study, two, config=other)
+    fewer = replace(moved, bench=moved.bench[:1])
+    with pytest.raises(StudyError, match=r"benchmark copy: the study has .*, this run has nothing"):
+        verify(study, two, config=fewer)
 
 
 def test_a_study_that_does_not_say_how_it_was_configured(study: Path, trained: Path) -> None:

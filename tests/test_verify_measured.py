@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from mergemix.errors import ConfigError, StudyError
 from mergemix.evals.utility import Utility
 from mergemix.mixture import Mixture
-from mergemix.rank_stats import rank_agreement
+from mergemix.rank_stats import agreement, bootstrap, correlations, rank_agreement
 from mergemix.report.verify_tables import verify_table
 from mergemix.stored import read_evidence
 from mergemix.trained import read_runs
@@ -27,6 +27,16 @@ from mergemix.verify.verdict import DOUBTFUL, FINE, NOT, OPEN, verdict
 from tests.solve_study import CAPABILITY, NAMES, SURFACES, write_study
 
 Line = Mapping[str, Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_draws() -> Iterator[None]:
+    """What is told does not hang on how many draws an interval has."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (bootstrap, agreement):
+            patch.setattr(module, "RESAMPLES", 200)
+        patch.setattr(correlations, "PERMUTATIONS", 200)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +326,7 @@ def test_values_are_those_of_the_valuation(study: tuple[Path, list[Mixture]]) ->
     assert {name for name in found if name is not None} == set(CAPABILITY.values())
 
 
-def agreement(rho: float, n: int, seeds: int = 1, noise: float = 0.0, seed: int = 0) -> dict[str, Any]:
+def normal(rho: float, n: int, seeds: int = 1, noise: float = 0.0, seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(2, n))
     y = rho * x + math.sqrt(1 - rho * rho) * y
@@ -326,23 +336,23 @@ def agreement(rho: float, n: int, seeds: int = 1, noise: float = 0.0, seed: int 
 @pytest.mark.parametrize(
     ("found", "trust", "said"),
     [
-        (agreement(0.97, 30), FINE, "can be trusted to choose a mixture by, also by any one capability"),
-        (agreement(0.7, 40, seed=1), DOUBTFUL, "choose by them only what further references confirm"),
-        (agreement(-0.9, 30), NOT, "do not choose a mixture by them"),
-        (agreement(0.3, 200), NOT, "They cannot stand for training here"),
-        (agreement(0.97, 4), OPEN, "cannot be said whether the proxies can be trusted: 4 references are too few"),
-        (agreement(0.0, 20), OPEN, "cannot tell the correlation from chance"),
-        (agreement(0.99, 40, seeds=2, noise=0.5), FINE, "a perfect proxy would reach 0.9"),
+        (normal(0.97, 30), FINE, "can be trusted to choose a mixture by, also by any one capability"),
+        (normal(0.7, 40, seed=1), DOUBTFUL, "choose by them only what further references confirm"),
+        (normal(-0.9, 30), NOT, "do not choose a mixture by them"),
+        (normal(0.3, 200), NOT, "They cannot stand for training here"),
+        (normal(0.97, 4), OPEN, "cannot be said whether the proxies can be trusted: 4 references are too few"),
+        (normal(0.0, 20), OPEN, "cannot tell the correlation from chance"),
+        (normal(0.99, 40, seeds=2, noise=0.5), FINE, "a perfect proxy would reach 0.9"),
     ],
 )  # fmt: skip
 def test_the_verdict_in_words(found: dict[str, Any], trust: str, said: str) -> None:
-    got, sentence = verdict(found, {"math": agreement(0.97, 30)})
+    got, sentence = verdict(found, {"math": normal(0.97, 30)})
     assert got == trust, (found["interval"], sentence)
     assert said in sentence
 
 
 def test_a_capability_that_is_ranked_badly_is_named() -> None:
-    _, sentence = verdict(agreement(0.97, 30), {"math": agreement(0.2, 30), "code": agreement(0.97, 30)})
+    _, sentence = verdict(normal(0.97, 30), {"math": normal(0.2, 30), "code": normal(0.97, 30)})
     assert "but not by math alone" in sentence
 
 

@@ -23,6 +23,7 @@ CAPABILITIES = ("math", "code", "facts", "python", "prose")
 REAL = ("python", "prose")
 ALPHABET = string.ascii_letters + string.digits + string.punctuation + " \n"
 CONTEXT, CONTINUATION = 64, 32  # characters of real text that an item shows and asks for
+NUMBERS = 50  # below which numbers are added and subtracted
 DOCUMENT = 400  # characters of a document of real text
 
 
@@ -93,7 +94,7 @@ def make_corpora(seed: int, *, documents: int, items: int, people: int) -> Corpo
 
 
 def _math(rng: random.Random) -> Item:
-    a, b = rng.randrange(100), rng.randrange(100)
+    a, b = rng.randrange(NUMBERS), rng.randrange(NUMBERS)
     if rng.random() < 0.5:
         return Item(f"{a}+{b}=", str(a + b))
     return Item(f"{max(a, b)}-{min(a, b)}=", str(abs(a - b)))
@@ -102,7 +103,7 @@ def _math(rng: random.Random) -> Item:
 def _code(rng: random.Random) -> Item:
     """Half of it adds numbers: what math teaches is worth something here."""
     if rng.random() < 0.5:
-        a, b = rng.randrange(100), rng.randrange(100)
+        a, b = rng.randrange(NUMBERS), rng.randrange(NUMBERS)
         return Item(f"add({a},{b})->", str(a + b))
     name, function = rng.choice(list(FUNCTIONS.items()))
     word = "".join(rng.sample("abcdefghij", 4))
@@ -162,7 +163,10 @@ def _cut(domain: str, items: int, rng: random.Random) -> tuple[list[str], list[I
 
 @cache
 def real_text(domain: str) -> str:
-    """The standard library's source, or its documentation, in the characters of the alphabet."""
+    """The standard library's source, or its documentation, in the characters of the alphabet.
+
+    A paragraph that comes again is left out, as topics of the documentation repeat each other: items must be new.
+    """
     if domain == "python":
         library = Path(sysconfig.get_paths()["stdlib"])
         texts: Mapping[str, str] = {
@@ -170,7 +174,11 @@ def real_text(domain: str) -> str:
         }
     else:
         texts = importlib.import_module("pydoc_data.topics").topics
-    joined = "\n".join(texts[name] for name in sorted(texts)).replace("    ", " ")
+    paragraphs: dict[str, str] = {}
+    for name in sorted(texts):
+        for paragraph in texts[name].split("\n\n"):
+            paragraphs.setdefault(" ".join(paragraph.split()), paragraph)
+    joined = "\n\n".join(paragraphs.values()).replace("    ", " ")
     return "".join(character for character in joined if character in _ALLOWED)
 
 

@@ -16,14 +16,14 @@ from mergemix.preflight.verdict import Check, graded
 
 # |expert - base| / |base|. Sound families had 0.03 to 0.09; at 10 times the rate 0.3 to 0.4, where the merge loses far
 # more than the experts gained; at 30 times 1.1, where even the experts are worse than their base.
-NORM_DOUBTFUL, NORM_DISTRUSTED = 0.2, 0.6
+NORM_DOUBTFUL, NORM_DISTRUSTED = 0.15, 0.6
 # Cosine of an expert's matrices with the base's: above 0.9 as long as the norm is below 0.4; about 0 of another model.
 STRANGER_ALIGNMENT = 0.3
 # Cosine between all task vectors. Experts with half of their data in common had up to 0.5, those of another base 0.99
 # and more: the same difference of bases is in all of them.
 COMMON_COSINE = 0.9
 # Distance of two experts over their mean's norm, without a base: sqrt(2) times a task vector's, at right angles.
-DISTANCE_DOUBTFUL, DISTANCE_DISTRUSTED = 0.3, 0.85
+DISTANCE_DOUBTFUL, DISTANCE_DISTRUSTED = 0.2, 0.85
 # Of an expert's norm to the others' median: sound families had up to 1.1, one expert at 10 times the rate 8.
 APART_DOUBTFUL, APART_DISTRUSTED = 3.0, 10.0
 # Opposed experts undo each other in a merge. Experts without any general data had down to -0.25.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -153,7 +153,7 @@ class _Pass:
             count = min(CHUNK_ELEMENTS, block.count - begin)
             vectors = self._vectors(block, raw, begin, count)
             gram += _gram(vectors)
-            moved += [np.count_nonzero(vector != 0.0) for vector in vectors[1:]]
+            moved += [np.count_nonzero(vector) for vector in vectors[1:] != 0.0]
         return gram, moved
 
     def _buffers(self) -> tuple[np.ndarray, np.ndarray]:
@@ -165,30 +165,37 @@ class _Pass:
             )
         return self._own.buffers
 
-    def _read(self, block: _Block) -> list[np.ndarray]:
-        """Each operand's bytes of the block."""
-        buffers, parts = self._buffers()[0], []
-        for buffer, tensor in zip(buffers, block.task.operands, strict=False):
+    def _read(self, block: _Block) -> np.ndarray:
+        """Each operand's bytes of the block, at the beginning of its row."""
+        raw = self._buffers()[0]
+        for row, tensor in zip(raw, block.task.operands, strict=False):
             size = DTYPE_BITS[tensor.dtype] // 8  # an adapter's whole tensor may be of another type
-            part = buffer[: block.count * size]
+            part = row[: block.count * size]
             self._files.read_into(tensor, block.begin * size, part.data, last=self._forget)
-            parts.append(part)
-        return parts
+        return raw
 
-    def _vectors(self, block: _Block, raw: Sequence[np.ndarray], begin: int, count: int) -> np.ndarray:
+    def _fill(self, task: TensorTask, raw: np.ndarray, begin: int, rows: np.ndarray) -> None:
+        """rows = the values of the outputs, from element `begin` of the block on."""
+        sources = [weights.index(1.0) for weights in task.coefficients]
+        dtypes, count = [tensor.dtype for tensor in task.operands], rows.shape[1]
+        if (
+            sources == list(range(len(dtypes))) and len(set(dtypes)) == 1
+        ):  # whole checkpoints: all rows in one go
+            size = DTYPE_BITS[dtypes[0]] // 8
+            widen(raw[: len(dtypes), begin * size : (begin + count) * size], dtypes[0], rows)
+            return
+        for k, (row, source) in enumerate(zip(rows, sources, strict=True)):
+            if (same := sources.index(source)) < k:  # an adapter that does not bring this tensor: the base
+                np.copyto(row, rows[same])
+                continue
+            size = DTYPE_BITS[dtypes[source]] // 8
+            widen(raw[source, begin * size : (begin + count) * size], dtypes[source], row)
+
+    def _vectors(self, block: _Block, raw: np.ndarray, begin: int, count: int) -> np.ndarray:
         """fp32 [1 + K, count]: the reference and the task vectors, of `count` elements from the block's `begin` on."""
         task, vectors = block.task, self._buffers()[1][:, :count]
         experts, first = vectors[1:], int(not self._has_base)  # without a base, row 0 is the experts' mean
-        filled: dict[int, np.ndarray] = {}
-        for row, weights in zip(vectors[first:], task.coefficients, strict=True):
-            source = weights.index(1.0)
-            if source in filled:  # an adapter that does not bring this tensor: the base
-                np.copyto(row, filled[source])
-                continue
-            tensor, data = task.operands[source], raw[source]
-            size = DTYPE_BITS[tensor.dtype] // 8
-            widen(data[begin * size : (begin + count) * size], tensor.dtype, row)
-            filled[source] = row
+        self._fill(task, raw, begin, vectors[first:])
         if not self._has_base:
             experts.mean(axis=0, out=vectors[0])
         experts -= vectors[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import lru_cache
 
 import numpy as np
 from scipy.stats import kendalltau, rankdata
@@ -58,6 +59,7 @@ def p_value(a: np.ndarray, b: np.ndarray, rho: float, rng: np.random.Generator) 
     return float((1 + np.sum(spearman(a, b[orders]) >= rho - ROUNDING)) / PERMUTATIONS)
 
 
+@lru_cache(maxsize=64)
 def perfect_order_limit(n: int, confidence: float = CONFIDENCE) -> float:
     """The smallest Spearman correlation, of normal scores, with which n references agree completely often enough.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from mergemix.errors import ConfigError
 from mergemix.mixture import Mixture
-from mergemix.search.corners import corners, vertices
+from mergemix.search.corners import vertices
 from mergemix.search.region import Region
 from mergemix.search.simplex import UNITS
 
@@ -102,17 +102,6 @@ def _lattice(region: Region, steps: int, most: int) -> tuple[np.ndarray | None, 
 
     complete = place((), steps)
     return (np.array(found).reshape(-1, len(lower)) if complete else None), visits
-
-
-def centroid(region: Region) -> Mixture:
-    """The mean of the corners where they are few, as usual for constrained mixtures, and else of a uniform sample."""
-    if region.is_simplex:
-        return Mixture.uniform(region.names)
-    if region.kl_limit is None:
-        points = corners(region.polytope, CORNERS)
-        if points is not None:
-            return region.snap(points.mean(axis=0))
-    return region.snap(region.sample(CANDIDATES, np.random.default_rng(0)).mean(axis=0))
 
 
 def dirichlet(

@@ -7,7 +7,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from mergemix.mixture import Mixture
 from mergemix.search import kl
 from mergemix.search.corners import vertices
 from mergemix.search.hit_and_run import reach
@@ -58,41 +57,6 @@ def maximize(
     first = _different(hills, np.argsort(-values, kind="stable"))[:CLIMBERS]
     climbers, values = _climb(objective, region, rng, hills[first], values[first])
     return climbers[int(values.argmax())]
-
-
-def top(
-    objective: Objective, region: Region, rng: np.random.Generator, count: int, *, apart: float
-) -> list[Mixture]:
-    """Up to `count` good mixtures, best first: each the best that is at least `apart` from those before it.
-
-    apart: half the sum of absolute differences of shares, 0 to 1. Fewer where no mixture is so far away.
-    """
-    found = [region.snap(maximize(objective, region, rng))]
-    points = _candidates(region, rng, None)
-    values = _evaluate(objective, points)
-    while len(found) < count:
-        chosen = np.array([mixture.weights for mixture in found])
-
-        def far(shares: np.ndarray, chosen: np.ndarray = chosen) -> np.ndarray:
-            return np.abs(shares[:, None] - chosen).sum(axis=2).min(axis=1) / 2
-
-        def masked(shares: np.ndarray, far: Callable[[np.ndarray], np.ndarray] = far) -> np.ndarray:
-            # A unit more per domain than asked for: rounding must not bring it too near.
-            return np.where(far(shares) >= apart + len(region.names) / UNITS / 2, objective(shares), -np.inf)
-
-        allowed = np.where(np.isfinite(masked(points)), values, -np.inf)
-        climbers, reached = _climb(masked, region, rng, *_best_apart(points, allowed, CLIMBERS))
-        for index in np.argsort(-reached, kind="stable"):
-            mixture = region.snap(climbers[index])
-            if (
-                np.isfinite(reached[index])
-                and far(np.array([mixture.weights]))[0] >= max(apart, 0.5 / UNITS) - 1e-12
-            ):
-                found.append(mixture)
-                break
-        else:
-            break
-    return found
 
 
 def _candidates(region: Region, rng: np.random.Generator, starts: np.ndarray | None) -> np.ndarray:

@@ -92,9 +92,8 @@ class States:
         if self._main:
             shutil.rmtree(aside, ignore_errors=True)
         accelerator.wait_for_everyone()
-        with _translated(aside, self.latest()):
-            with _quiet():
-                accelerator.save_state(str(aside))
+        with _translated(aside, self.latest()), _quiet():
+            accelerator.save_state(str(aside))
         accelerator.wait_for_everyone()
         if self._main:
             before = list(self.directory.glob(f"{PREFIX}*"))

@@ -15,10 +15,10 @@ from mergemix.demo.corpora import Corpora, make_corpora
 from mergemix.demo.tokenizer import BOS, EOS, PAD, VOCABULARY, build_tokenizer, encode_document
 
 DOMAINS = ("math", "code", "language")
-LENGTH, BATCH = 48, 24
+LENGTH, BATCH = 32, 16
 SIZES: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 24, "max_position_embeddings": 128, "tie_word_embeddings": True,
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 128, "tie_word_embeddings": True,
     "bos_token_id": VOCABULARY[BOS], "eos_token_id": VOCABULARY[EOS], "pad_token_id": VOCABULARY[PAD],
 }  # fmt: skip
 
@@ -29,7 +29,7 @@ class Trainer:
     def __init__(self, root: Path, *, moe: bool = False) -> None:
         self.root = root
         self.moe = moe
-        self.corpora: Corpora = make_corpora(0, documents=1500, items=48, people=10)
+        self.corpora: Corpora = make_corpora(0, documents=1500, items=32, people=10)
         self._tokens = {
             domain: torch.tensor(
                 [i for text in self.corpora.documents[domain] for i in encode_document(text)]

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergemix.checkpoints.family import Family, open_family
-from mergemix.checkpoints.ranges import read_range
 from mergemix.errors import CheckpointError, ConfigError
 from mergemix.preflight import weights
 from mergemix.preflight.geometry import FamilyGeometry, layer_of
@@ -169,10 +168,22 @@ def test_memory_is_bounded_and_too_little_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_changed_is_an_error(tmp_path: Path) -> None:
     family = sample_family(tmp_path, torch.bfloat16)
     tensor = next(iter(family.experts[1].tensors.values()))
-    read_range(tensor, 0, 2)
     tensor.path.write_bytes(tensor.path.read_bytes()[:-2])
     with pytest.raises(CheckpointError):
         measure_weights(family)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    family = sample_family(tmp_path, torch.bfloat16)
+    path = next(iter(family.experts[1].tensors.values())).path
+
+    def replace(nbytes: int) -> None:
+        copy = path.with_suffix(".new")
+        copy.write_bytes(path.read_bytes())
+        copy.replace(path)
+
+    with pytest.raises(CheckpointError, match="changed"):
+        measure_weights(family, progress=replace)
 
 
 def test_progress_counts_all_bytes(tmp_path: Path) -> None:

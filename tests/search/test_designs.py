@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 from mergemix.mixture import Mixture
 from mergemix.search import simplex
 from mergemix.search.constraints import Constraints
-from mergemix.search.designs import centroid, d_optimal, dirichlet, lattice, maximin, vertices
+from mergemix.search.corners import _highest
+from mergemix.search.designs import d_optimal, dirichlet, lattice, maximin, vertices
 from mergemix.search.region import Region
+from mergemix.search.simplex import UNITS
 from tests.search.regions import assert_satisfies, names, random_constraints
 
 
@@ -26,7 +29,6 @@ def test_designs_are_distinct_and_inside(seed):
     for design in (
         lattice(region, 30),
         vertices(region, 20),
-        [centroid(region)],
         dirichlet(region, 10, hidden, 5.0, rng),
         maximin(region, 10, rng, existing=existing),
         d_optimal(region, 10, rng, existing=existing, model="linear"),
@@ -80,11 +82,6 @@ def test_the_vertices_under_groups_are_extreme():
     assert {mixture.weights for mixture in vertices(region, 20)} == corners
 
 
-def test_the_centroid():
-    assert centroid(Region.simplex(names(7))) == Mixture.uniform(names(7))
-    assert centroid(Constraints(max={"a": 0.4}).region("ab")).weights == (0.2, 0.8)
-
-
 def test_dirichlet_draws_lie_around_the_prior():
     region, prior = Region.simplex("abc"), Mixture(tuple("abc"), (0.6, 0.4, 0.0))
     wide, narrow = (
@@ -136,3 +133,35 @@ def test_a_region_of_few_mixtures_gives_no_more():
         d_optimal(region, 5, np.random.default_rng(0)),
     ):
         assert sorted(mixture.weights for mixture in design) == [(0.5, 0.2999, 0.2001), (0.5, 0.3, 0.2)]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**32))
+def test_corners_under_groups_that_share_no_domain_are_those_of_a_linear_program(seed):
+    rng = np.random.default_rng(seed)
+    own = names(8)
+    groups = {"g": own[:3], "h": own[3 : 3 + int(rng.integers(1, 5))]}
+    share = rng.dirichlet(np.ones(8))  # inside, so that the constraints can be met
+    low, high = (
+        {name: float(np.clip(round(x * f, 4), 0, 1)) for name, x in zip(own, share, strict=True)}
+        for f in (0.4, 1.9)
+    )
+    sums = {name: float(sum(share[own.index(d)] for d in members)) for name, members in groups.items()}
+    region = Constraints(
+        groups=groups,
+        min={**low, "g": round(sums["g"] * 0.9, 4)},
+        max={**high, **{name: min(round(x * 1.05 + 1e-3, 4), 1.0) for name, x in sums.items()}},
+    ).region(own)
+    slopes = rng.normal(size=8)
+    polytope = region.polytope
+    exact = linprog(
+        -slopes,
+        np.vstack([polytope.rows, -polytope.rows]),
+        np.append(polytope.row_upper, -polytope.row_lower),
+        np.ones((1, 8)),
+        [UNITS],
+        np.column_stack([polytope.lower, polytope.upper]),
+    )
+    found = _highest(polytope, slopes)
+    assert region.holds(found[None])[0]
+    assert slopes @ found == pytest.approx(-exact.fun / UNITS, abs=1e-9)

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 from mergemix.search.constraints import Constraints
-from mergemix.search.maximize import maximize, top
+from mergemix.search.maximize import maximize
 from mergemix.search.region import Region
+from mergemix.search.simplex import UNITS
 from tests.search.regions import assert_satisfies, names, random_constraints
 
 NAMES = tuple("abcd")
@@ -108,23 +110,30 @@ def test_same_seed_same_bits():
     np.testing.assert_array_equal(first, again)
 
 
-@pytest.mark.parametrize("where", ["simplex", "groups", "kl"])
-def test_the_top_are_good_and_apart(where):
-    region, objective = REGIONS[where].region(NAMES), surface("hills", 1)
-    found = top(objective, region, np.random.default_rng(0), 4, apart=0.1)
-    shares = np.array([mixture.weights for mixture in found])
-    values = objective(shares)
-    sample = region.sample(20_000, np.random.default_rng(7))
-    scores = objective(sample)
-    assert len(found) == 4
-    for place, mixture in enumerate(found):
-        assert region.contains(mixture)
-        far = np.abs(sample[:, None] - shares[:place]).sum(axis=2).min(axis=1, initial=np.inf) / 2 >= 0.1
-        assert values[place] >= scores[far].max() - 0.02 * np.ptp(scores)
-        assert (np.abs(shares[:place] - shares[place]).sum(axis=1) / 2 >= 0.1 - 1e-9).all()
+@pytest.mark.parametrize("where", ["simplex", "groups"])
+def test_kinks_are_followed_to_the_end_where_the_parts_are_known(where):
+    """The largest minimum of linear functions, which a linear program knows."""
+    own = names(17)
+    groups = {"g": own[:4], "h": own[4:9]}
+    constraints = (
+        Constraints() if where == "simplex" else Constraints(groups=groups, max={"g": 0.3, "h": 0.4})
+    )
+    region = constraints.region(own)
+    slopes = np.random.default_rng(3).normal(size=(6, 17)) + 2 * np.eye(6, 17)
 
+    def parts(shares: np.ndarray) -> np.ndarray:
+        return shares @ slopes.T
 
-def test_no_more_than_fit():
-    region = Constraints(pin={"a": 0.5}, max={"b": 0.3}, min={"b": 0.25}, groups={"g": "cd"}).region(NAMES)
-    found = top(lambda x: x[:, 1], region, np.random.default_rng(0), 10, apart=0.2)
-    assert 1 <= len(found) < 10
+    rows = region.polytope.rows
+    above = np.vstack([np.column_stack([-slopes, np.ones(6)]), np.column_stack([rows, np.zeros(len(rows))])])
+    exact = linprog(
+        np.append(np.zeros(17), -1.0),
+        above,
+        np.append(np.zeros(6), region.polytope.row_upper / UNITS),
+        np.append(np.ones(17), 0.0)[None],
+        [1.0],
+        [(0, 1)] * 17 + [(None, None)],
+    )
+    found = maximize(lambda shares: parts(shares).min(axis=1), region, np.random.default_rng(0), parts=parts)
+    assert region.holds(found[None])[0]
+    assert parts(found[None]).min() == pytest.approx(-exact.fun, abs=1e-6)

@@ -262,7 +262,9 @@ def negative_log_posterior(
         return 1e10, np.zeros_like(theta)
     half_log_det = np.log(np.diag(root)).sum()
     lower, _ = dpotri(root, lower=1, overwrite_c=1)  # of the inverse, the lower half; the rest is 0
-    inverse = np.add(lower, lower.T, order="C")  # as everything it will be multiplied with, element by element
+    inverse = np.add(
+        lower, lower.T, order="C"
+    )  # as everything it will be multiplied with, element by element
     inverse[np.diag_indices(n)] /= 2
     solved = inverse @ scores
     off = (theta - mean) / sd

@@ -50,7 +50,12 @@ class Ridge:
         left_out = (goal - fitted) / np.maximum(1 - leverage, 1e-6)
         errors = np.mean(left_out**2, axis=1)
         best = int(errors.argmin())
-        error, penalty, left_out, kept = float(errors[best]), float(penalties[best]), left_out[best], kept[best]
+        error, penalty, left_out, kept = (
+            float(errors[best]),
+            float(penalties[best]),
+            left_out[best],
+            kept[best],
+        )
         coefficients = right.T @ (singular / (singular**2 + penalty) * (left.T @ goal))
         freedom = max(n - 1 - float(kept.sum()), 1.0)
         residual = goal - design @ coefficients
