@@ -36,6 +36,9 @@ BETWEEN = (0.5,)
 DOCUMENTS, TOKENS = 64, 512
 CURVED_DOCUMENTS, CURVED_TOKENS = 8, 256
 
+# Nats a token: what a text counts of which a broken model gives no finite likelihood.
+NO_LOSS = 1000.0
+
 Stage = Callable[[str], None]
 
 
@@ -183,7 +186,8 @@ class TextQuestions:
         for domain, snippets in self._texts.items():
             answered = [next(outputs) for _ in snippets]
             tokens = np.array([max(output.num_tokens, 1) for output in answered], float)
-            found[domain] = Answers(np.array([-output.logprob for output in answered]) / tokens, tokens)
+            losses = np.array([-output.logprob for output in answered]) / tokens
+            found[domain] = Answers(np.nan_to_num(losses, nan=NO_LOSS, posinf=NO_LOSS), tokens)
         return found
 
 

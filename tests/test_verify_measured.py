@@ -114,6 +114,17 @@ def test_scores_by_benchmark_are_the_same(study: tuple[Path, list[Mixture]], tmp
     assert any("(28 by benchmark, 20 by capability)" in warning for warning in mixed["warnings"])
 
 
+def test_runs_stand_in_the_order_of_their_seeds(study: tuple[Path, list[Mixture]], tmp_path: Path) -> None:
+    """The same seed of two mixtures is compared with the same: in one column."""
+    directory, mixtures = study
+    path = trained(tmp_path / "trained.jsonl", mixtures[4:12])
+    turned = write(tmp_path / "turned.jsonl", path.read_text().splitlines()[::-1])
+    one, other = verify(directory, path), verify(directory, turned)
+    assert other["calibration"] == one["calibration"][::-1]
+    assert other["calibration"][0]["seeds"] == [0, 1]
+    assert other["overall"]["ceiling"]["seed_to_seed"] == one["overall"]["ceiling"]["seed_to_seed"]
+
+
 def test_single_domains_are_no_test_of_merges(study: tuple[Path, list[Mixture]], tmp_path: Path) -> None:
     directory, mixtures = study
     warnings = verify(directory, trained(tmp_path / "trained.jsonl", mixtures))["warnings"]
@@ -274,6 +285,8 @@ def test_one_number_for_several_benchmarks(tmp_path: Path) -> None:
     }
     assert runs_of(path, {"x": 1, "y": 2}, suite=named)[0].scored_by == "capability"
     assert runs_of(path, {"x": 1, "z": 2}, suite=named)[0].scored_by == "benchmark"
+    three = {name: {"capability": "y" if name == "z" else name, "higher_is_better": True} for name in "xyz"}
+    assert runs_of(path, {"x": 1, "y": 2}, suite=three)[0].scores == {"x": 1, "y": 2, "z": 2}
 
 
 def test_a_checkpoint_is_found_beside_the_file(tmp_path: Path) -> None:

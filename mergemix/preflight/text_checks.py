@@ -108,8 +108,13 @@ def check_curvature(family: Family, texts: Texts, stage: Stage) -> Findings:
     model = load_model(family, Mixture.base_only(family.names), dtype=torch.float32)
     try:
         found = measure_curvature(model, texts)
-    except RuntimeError as error:  # an operation that has no second derivative; out of memory
+    except (
+        RuntimeError,
+        ZeroDivisionError,
+    ) as error:  # an operation that has no second derivative; out of memory
         return Findings(missing={"curvature": f"this model cannot be differentiated twice here: {error}"})
+    if not np.isfinite([found.gamma, found.cosines]).all():
+        return Findings(missing={"curvature": "gradients at the base are not finite"})
     return Findings({"curvature": _described(found)}, [_curvature_check(found)])
 
 

@@ -23,7 +23,6 @@ from mergemix.search.one_thread import one_thread
 from mergemix.search.pieces import pieces_of
 from mergemix.search.posterior import UTILITY, measured
 from mergemix.search.region import Region
-from mergemix.search.simplex import UNITS
 
 CONFIDENCE = 0.95
 DRAWS = 2000
@@ -32,7 +31,6 @@ DRAWS = 2000
 FEW = 200
 # Of more measured mixtures than these, only the best are starts of the maximisation: each costs a few predictions.
 STARTS = 16
-EXCHANGES, REFINING = (1, 2, 3, 5), 20  # units, and how often: the end of the maximisation, on the grid
 SCORED = 100  # mixtures whose predictions say what scores come up
 
 # Of predictions a floor can be kept: on top of what the utility takes off, so much a unit of shortfall.
@@ -271,7 +269,7 @@ def decide(
 
 def optimum(models: Models, region: Region, seed: int, starts: Sequence[Mixture] = ()) -> Mixture:
     """The mixture of the region with the highest utility of its predictions, less the penalty."""
-    from mergemix.search.maximize import maximize
+    from mergemix.search.maximize import maximize, refine
 
     def value(shares: np.ndarray) -> np.ndarray:
         return models.worth(shares, region)
@@ -284,33 +282,7 @@ def optimum(models: Models, region: Region, seed: int, starts: Sequence[Mixture]
     # On the grid, where a floor that was met exactly may not be met any more, and never worse than a start.
     candidates = list(dict.fromkeys([found, *inside]))
     values = value(np.array([mixture.weights for mixture in candidates]))
-    return _refined(candidates[int(np.argmax(values))], value, region)
-
-
-def _refined(
-    mixture: Mixture, value: Callable[[np.ndarray], np.ndarray], region: Region, rounds: int = REFINING
-) -> Mixture:
-    """The grid mixture that exchanges of few units between two domains lead to, each the best there is."""
-    units = np.rint(np.array(mixture.weights) * UNITS).astype(int)
-    if units.sum() != UNITS:  # uniform, of thirds or the like: no grid mixture
-        return mixture
-    k = len(units)
-    exchanges = (np.eye(k, dtype=int)[:, None] - np.eye(k, dtype=int)[None])[~np.eye(k, dtype=bool)]
-    steps = np.concatenate([size * exchanges for size in EXCHANGES])
-    reached = float(value(units[None] / UNITS)[0])
-    for _ in range(rounds):
-        near = units + steps
-        near = near[(near >= 0).all(axis=1)]
-        near = near[region.holds(near / UNITS)]
-        if not len(near):
-            break
-        values = value(near / UNITS)
-        best = int(np.argmax(values))
-        if not values[best] > reached:
-            break
-        units, reached = near[best], float(values[best])
-        mixture = Mixture(mixture.names, tuple(int(n) / UNITS for n in units))
-    return mixture
+    return refine(candidates[int(np.argmax(values))], value, region)
 
 
 def _starts(names: Sequence[str], observations: Observations) -> list[Mixture]:

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from mergemix.mixture import Mixture
 from mergemix.search import kl
 from mergemix.search.corners import vertices
 from mergemix.search.hit_and_run import reach
@@ -25,6 +26,7 @@ SAME = 1e-3  # share that two points differ by at most which are taken for one
 LONGEST, SHORTEST = 0.25, 0.25 / UNITS  # steps of the exchanges, in shares
 ROUNDS = 30
 HALVINGS = 14  # of the way from outside a KL limit to the inside
+EXCHANGED, REFINING = (1, 2, 3, 5), 20  # units, and how often at most: the end, on the grid
 WANDERING = 24  # random directions per climber and round: for ridges that no exchange of two domains follows
 DIFFERENCE = 1e-5  # shares, for gradients
 FLATTEST = 1e-5  # of the steepest part's slope: flatter ones are constant
@@ -57,6 +59,33 @@ def maximize(
     first = _different(hills, np.argsort(-values, kind="stable"))[:CLIMBERS]
     climbers, values = _climb(objective, region, rng, hills[first], values[first])
     return climbers[int(values.argmax())]
+
+
+def refine(mixture: Mixture, objective: Objective, region: Region) -> Mixture:
+    """The grid mixture of the region that exchanges of few units between two domains lead to, each the best there is.
+
+    What is no grid mixture (uniform, of thirds or the like) stays.
+    """
+    units = np.rint(np.array(mixture.weights) * UNITS).astype(int)
+    if units.sum() != UNITS:
+        return mixture
+    k = len(units)
+    exchanges = (np.eye(k, dtype=int)[:, None] - np.eye(k, dtype=int)[None])[~np.eye(k, dtype=bool)]
+    steps = np.concatenate([size * exchanges for size in EXCHANGED])
+    reached = float(_evaluate(objective, units[None] / UNITS)[0])
+    for _ in range(REFINING):
+        near = units + steps
+        near = near[(near >= 0).all(axis=1)]
+        near = near[region.holds(near / UNITS)]
+        if not len(near):
+            break
+        values = _evaluate(objective, near / UNITS)
+        best = int(np.argmax(values))
+        if not values[best] > reached:
+            break
+        units, reached = near[best], float(values[best])
+        mixture = Mixture(mixture.names, tuple(int(n) / UNITS for n in units))
+    return mixture
 
 
 def _candidates(region: Region, rng: np.random.Generator, starts: np.ndarray | None) -> np.ndarray:

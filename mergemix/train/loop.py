@@ -61,7 +61,8 @@ def run_steps(
                 group["lr"] = rate
             loss, stopping = _backward(accelerator, model, *batches.next(), rows, config.micro_batch, stop)
             norm = accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP gives this process's part
+            if hasattr(norm, "full_tensor"):  # FSDP gives this process's part
+                norm = norm.full_tensor()
             if not (math.isfinite(loss) and math.isfinite(float(norm))):
                 raise TrainingError(_not_a_number(loss, progress, plan.steps, rate, states))
             optimizer.step()

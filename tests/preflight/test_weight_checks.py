@@ -44,8 +44,8 @@ def test_a_sound_family_is_fine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("check", "experts", "expected"),
     [
-        ("norms", {"a": {"d1": 0.99 * checks.NORM_DOUBTFUL}, "b": {"d2": 0.15}}, "fine"),
-        ("norms", {"a": {"d1": 1.01 * checks.NORM_DOUBTFUL}, "b": {"d2": 0.15}}, "doubtful"),
+        ("norms", {"a": {"d1": 0.99 * checks.NORM_DOUBTFUL}, "b": {"d2": 0.1}}, "fine"),
+        ("norms", {"a": {"d1": 1.01 * checks.NORM_DOUBTFUL}, "b": {"d2": 0.1}}, "doubtful"),
         ("norms", {"a": {"d1": 1.01 * checks.NORM_DISTRUSTED}, "b": {"d2": 0.5}}, "do not trust"),
         ("same base", {"a": {"base": 0.1, "d1": 1.0}, "b": {"d2": 0.05}}, "do not trust"),
         ("same base", {"a": {"d1": 0.5, "d2": 0.05}, "b": {"d1": 0.5, "d3": 0.05}}, "do not trust"),

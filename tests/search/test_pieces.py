@@ -36,7 +36,18 @@ def test_minima_sums_and_floors_are_made_of_pieces(spec: str, count: int) -> Non
     np.testing.assert_allclose(pieces(near).min(axis=1), combined(spec)(near), atol=1e-7)
 
 
-@pytest.mark.parametrize("spec", ["max(a, b)", "a*b", "a - min(b, c)", "sqrt(a)", "a/b", "sqrt(a - 0.5)"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "max(a, b)",
+        "a*b",
+        "a - min(b, c)",
+        "sqrt(a)",
+        "a/b",
+        "sqrt(a - 0.5)",
+        "min(2*a, 0.5 + max(0, a - 0.8))",
+    ],
+)
 def test_what_is_curved_or_has_a_ridge_the_other_way_is_not(spec: str) -> None:
     assert pieces_of(combined(spec), SCORES) is None
 

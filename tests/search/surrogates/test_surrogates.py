@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mergemix.errors import ConfigError
 from mergemix.search.surrogates import SURROGATES, Prediction, Surrogate, open_surrogate
 from mergemix.search.surrogates.base import folds
+from mergemix.search.surrogates.linear import Ridge
 from mergemix.search.surrogates.loglinear import LogLinear
 
 NAMES = (*SURROGATES, "auto")
@@ -207,6 +208,18 @@ def test_the_law_of_data_mixing_is_recognised() -> None:
         more = points(50, 4, seed=2)
         np.testing.assert_allclose(model.predict(more).mean, sign * mixing_law(more), rtol=0.05)
     assert "log(1 + share / 0.0" in LogLinear().fit(shares, logarithmic(shares)).form
+
+
+def test_a_ridge_s_spread_is_that_of_least_squares_where_the_penalty_is_small() -> None:
+    rng = np.random.default_rng(4)
+    features = rng.normal(size=(200, 3)) * [1.0, 3.0, 0.2]
+    ridge = Ridge.fit(features, features @ [1.0, -2.0, 9.0] + 0.1 * rng.normal(size=200))
+    more = rng.normal(size=(20, 3))
+    missing = max(ridge.sd**2 - ridge.noise_sd**2, 0.0)
+    unusual = (ridge.predict(more).sd ** 2 - missing / 2) / ridge.noise_sd**2
+    centred, off = features - features.mean(axis=0), more - features.mean(axis=0)
+    expected = (off @ np.linalg.inv(centred.T @ centred) * off).sum(axis=1) + 1 / 200
+    np.testing.assert_allclose(unusual, expected, rtol=0.05)
 
 
 def test_unknown_names() -> None:
