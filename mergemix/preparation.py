@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -19,10 +20,11 @@ from mergemix.evals.utility_spec import parse_utility
 from mergemix.evidence import Evidence
 from mergemix.identity import check_suites
 from mergemix.mixture import Mixture
+from mergemix.preflight.family import preflight_family
 from mergemix.search import Search, layer_groups, load_tree, open_search
 from mergemix.search.constraints import Constraints
 from mergemix.serve.engine import EngineSpec
-from mergemix.study import CandidateRecord, Study
+from mergemix.study import CandidateRecord, Study, write_json
 from mergemix.valuation import Valuation, value_study
 from mergemix.warm_start import WarmStart, load_warm_start
 
@@ -178,6 +180,24 @@ def valuation_of(
             "range of normalised scores, or take --normalize minmax"
         )
     return valuation
+
+
+def preflight_once(config: RunConfig, family: Family, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """{verdict, checks} of the part of the preflight that needs weights alone: one read of them, once a study.
+
+    The whole of it is kept in preflight.json beside the study, with the checkpoints that it is about. Raises what
+    `preflight_family` raises, and OutputError.
+    """
+    about = {key: value for key, value in identity.items() if key == "base" or key.startswith("expert ")}
+    path = config.study / "preflight.json"
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        found = {}
+    if found.get("checkpoints") != about:
+        found = {"checkpoints": about, **preflight_family(family)}
+        write_json(path, found)
+    return {"verdict": found["verdict"], "checks": found["checks"]}
 
 
 def open_holdout(

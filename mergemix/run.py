@@ -20,11 +20,12 @@ from mergemix.preparation import (
     load_warm_starts,
     make_search,
     open_holdout,
+    preflight_once,
     valuation_of,
 )
-from mergemix.report.summary import baseline_mixtures, best_candidate, compare, lead, summarize, write_json
+from mergemix.report.summary import baseline_mixtures, best_candidate, compare, lead, summarize
 from mergemix.serve import open_engine, resolve_kind
-from mergemix.study import Study
+from mergemix.study import Study, write_json
 
 
 def run(config: RunConfig, observer: Observer | None = None) -> dict[str, Any]:
@@ -58,6 +59,8 @@ def run(config: RunConfig, observer: Observer | None = None) -> dict[str, Any]:
             study, suite, pool, observer, expected=config.budget, item_budget=config.item_budget
         )
         evidence.utility, evidence.region = early_utility(config, suite), search.region
+        observer.stage("checking that the experts can be merged")
+        checked = preflight_once(config, family, identity)
         observer.stage("scoring the baselines")
         references = evidence.collect(list(baselines.values()), origin="baseline")
         evidence.value(valuation_of(config, evidence, dict(zip(baselines, references, strict=True))))
@@ -75,6 +78,7 @@ def run(config: RunConfig, observer: Observer | None = None) -> dict[str, Any]:
         observer.stage("measuring the noise floor")
         evidence.collect([baselines["uniform"], best], origin="repeat", repeat=1)
         summary = summarize(evidence, baselines, search, engine=kind, seed=config.seed, stopped=stopped)
+        summary["preflight"] = checked
         write_json(config.study / "mixture.json", summary)
         if holdout is not None and holdout_study is not None:
             observer.stage("scoring the finalists on held-out items")

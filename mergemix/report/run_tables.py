@@ -148,6 +148,11 @@ def _warnings(summary: Mapping[str, Any]) -> list[str]:
         else []
     )
     lines = [f"  failed: {shares(each['mixture'])}: {each['reason']}" for each in summary["failures"]]
+    lines += [
+        f"Preflight, {check['verdict']}: {check['why']}."
+        for check in summary["preflight"]["checks"]
+        if check["verdict"] != "fine"
+    ]
     if base is not None and base > summary["best"]["utility"]:
         lines.append(
             "The base scores higher than every mixture: the experts harm what these benchmarks measure."

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from mergemix.errors import OutputError, StudyError
+from mergemix.errors import StudyError
 from mergemix.evals import stats
 from mergemix.evidence import Evidence
 from mergemix.mixture import Mixture
@@ -186,24 +183,6 @@ def lead(summary: Mapping[str, Any]) -> dict[str, float | None]:
     }
     search, holdout = leads["search"], leads["holdout"]
     return {**leads, "gap": None if search is None or holdout is None else search - holdout}
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write beside, sync, rename. Raises OutputError when the place is full or cannot be written."""
-    beside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}; free space or permissions there and run the same command "
-            "again: every result is stored"
-        ) from error
 
 
 def _without_groups(evidence: Evidence) -> dict[str, Any]:
