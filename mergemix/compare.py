@@ -17,6 +17,8 @@ import numpy as np
 from mergemix.errors import ConfigError
 from mergemix.evals.stats import engine_noise
 from mergemix.mixture import Mixture
+from mergemix.rank_stats import spearman
+from mergemix.search.one_thread import one_thread
 from mergemix.search.posterior import measured
 from mergemix.search.region import Region
 from mergemix.stored import StoredEvidence, read_evidence
@@ -40,6 +42,7 @@ class Surface:
         return self.utility.argmax(axis=1)
 
 
+@one_thread()
 def compare(first: Path, second: Path, *, utility: str | None = None, seed: int = 0) -> dict[str, Any]:
     """How far the surfaces of two studies agree on the mixtures of the domains that both have, as JSON values.
 
@@ -170,18 +173,6 @@ def _surface(
     return Surface(flat.reshape(DRAWS, len(points)), drawn)
 
 
-def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    ranks = [_ranks(values) - (len(values) - 1) / 2 for values in (a, b)]
-    norm = float(np.linalg.norm(ranks[0]) * np.linalg.norm(ranks[1]))
-    return float(ranks[0] @ ranks[1]) / norm if norm else 0.0
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """From 0; equal values share the mean of their ranks."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts + 1) / 2)[place]
-
-
 def _summary(values: np.ndarray) -> dict[str, Any]:
     tail = (1 - CONFIDENCE) / 2
     low, middle, high = np.quantile(values, [tail, 0.5, 1 - tail]).tolist()
@@ -190,8 +181,8 @@ def _summary(values: np.ndarray) -> dict[str, Any]:
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     """Of two surfaces, draw by draw; ceiling: of two draws of the first."""
-    between = np.array([_spearman(x, y) for x, y in zip(a, b, strict=True)])
-    within = np.array([_spearman(x, y) for x, y in zip(a[::2], a[1::2], strict=True)])
+    between = np.nan_to_num(spearman(a, b))  # of a flat surface: 0
+    within = np.nan_to_num(spearman(a[::2], a[1::2]))
     found = _summary(between)
     return {"spearman": found["estimate"], "interval": found["interval"], "ceiling": float(np.median(within))}
 
@@ -205,9 +196,11 @@ def _measured_correlation(
         return None
     x, y = (np.array([each[shares] for shares in common]) for each in (a, b))
     chosen = rng.integers(len(common), size=(RESAMPLES, len(common)))
-    drawn = np.array([_spearman(x[rows], y[rows]) for rows in chosen])
+    drawn = np.nan_to_num(spearman(x[chosen], y[chosen]))
     return {
-        "spearman": _spearman(x, y), "interval": _summary(drawn)["interval"], "mixtures": len(common)
+        "spearman": float(np.nan_to_num(spearman(x, y))),
+        "interval": _summary(drawn)["interval"],
+        "mixtures": len(common),
     }  # fmt: skip
 
 

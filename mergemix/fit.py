@@ -11,6 +11,7 @@ import numpy as np
 from mergemix.errors import ConfigError
 from mergemix.measured import Measured, read_measured
 from mergemix.search.maximize import maximize
+from mergemix.search.one_thread import one_thread
 from mergemix.search.region import Region
 from mergemix.search.surrogates import SURROGATES, Average, Stack, Surrogate, num_folds, open_surrogate
 
@@ -20,6 +21,7 @@ AUTO = "auto"
 SMALLEST = 1e-100  # difference of scores that models can work with
 
 
+@one_thread()
 def fit(
     mixtures: Path,
     scores: Path,

@@ -38,7 +38,7 @@ from mergemix.rank_stats import agreement, bootstrap, correlations
 from mergemix.run import run
 from mergemix.serve.engine import Swap
 from mergemix.serve.hf_engine import HfEngine
-from mergemix.study import Estimate, ItemRecord, Study
+from mergemix.study import VERIFICATION, Estimate, ItemRecord, Study
 from mergemix.verify import measure, verify
 from tests.checkpoints.peft_adapters import write_adapter
 from tests.command_line import Invoke, refused
@@ -258,14 +258,15 @@ def test_a_proxy_that_was_stopped_early_is_asked_everything_beside_it(
 
 
 def test_the_search_goes_on_after_a_verification(done: tuple[Path, dict[str, Any]]) -> None:
-    """What verification has measured is found there, and changes none of the search's proposals."""
+    """What verification has measured is held out: it changes neither the search's proposals nor its answer."""
     directory, _ = done
     with Study.read(directory) as study:
         config, before = stored_config(study.info, directory), study.candidates()
     longer = run(replace(config, budget=6))
-    assert longer["best"]["utility"] >= max(point["proxy"]["overall"] for point in done[1]["calibration"]), (
-        "what was verified is evidence too"
-    )
+    verified = {r.mixture for r in before if r.origin == VERIFICATION}
+    assert verified
+    assert Mixture.of(next(iter(verified)).names, longer["best"]["mixture"]) not in verified
+    assert max(point["proxy"]["overall"] for point in done[1]["calibration"]) > longer["best"]["utility"]
     with Study.read(directory) as study:
         assert [r.id for r in study.candidates()][: len(before)] == [r.id for r in before]
 

@@ -14,7 +14,7 @@ from mergemix.evidence import Evidence
 from mergemix.mixture import Mixture
 from mergemix.search import Search
 from mergemix.search.decision import decide
-from mergemix.study import CandidateRecord
+from mergemix.study import VERIFICATION, CandidateRecord
 
 
 def baseline_mixtures(names: tuple[str, ...], *, has_base: bool) -> dict[str, Mixture]:
@@ -31,11 +31,16 @@ def best_candidate(evidence: Evidence, *, plain: bool = False) -> CandidateRecor
     """The best observed mixture that is allowed: highest utility, the earliest on a tie; the base is no mixture.
 
     Those that meet all floors of the utility come before those that do not; what divergence from the prior costs is
-    taken off. plain: among those without layer groups.
+    taken off. What was only measured to be verified is no answer: it is held out. plain: among those without layer
+    groups.
     Raises StudyError when no candidate succeeded.
     """
     utility = evidence.valuation.utility
-    records = [r for r in evidence.mixtures() if r.done and not (plain and r.mixture.groups)]
+    records = [
+        r
+        for r in evidence.mixtures()
+        if r.done and r.origin != VERIFICATION and not (plain and r.mixture.groups)
+    ]
     scored = [
         ((not utility.shortfalls(r.scores), value - evidence.penalty_of(r.mixture)), r)
         for r in records

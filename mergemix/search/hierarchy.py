@@ -13,6 +13,9 @@ from mergemix.search.tree import Node, Tree
 
 # A search over the children of a cluster: their names, its budget and its seed.
 OpenInner = Callable[[Sequence[str], int, int], Search]
+# After so many batches in a row that ask for nothing new, a cluster is decided. Of one without a share, every inner
+# mixture is the same candidate.
+MAX_STALE = 10
 
 
 class HierarchicalSearch(Search):
@@ -66,11 +69,12 @@ class HierarchicalSearch(Search):
         }  # fmt: skip
 
     def _propose(self, count: int | None) -> list[Mixture]:
+        stale = 0
         while self._stages:
             stage = self._stages[0]
             if self._inner is None:
-                self._inner, self._flat = self._open(stage, self._budget_of(stage)), {}
-            proposed = self._inner.ask()
+                self._inner, self._flat, stale = self._open(stage, self._budget_of(stage)), {}, 0
+            proposed = self._inner.ask() if stale <= MAX_STALE else []
             if not proposed:
                 self._decide(stage, self._inner)
                 self._inner = None
@@ -82,6 +86,7 @@ class HierarchicalSearch(Search):
                     self._inner.budget += flat in self._order  # what is known costs nothing
             known = [(m, self._net(self._flat[m])) for m in proposed if self._flat[m] in self._outcomes]
             self._inner.tell(known)
+            stale += 1
             if not known:  # all are new, or under way
                 return list(
                     dict.fromkeys(flat for m in proposed if (flat := self._flat[m]) not in self._order)

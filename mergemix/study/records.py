@@ -32,6 +32,9 @@ class ItemResult(Protocol):
     def unfinished(self) -> int: ...
 
 
+VERIFICATION = "verify"  # the origin of what was only measured to be compared with trained models
+
+
 @dataclass(frozen=True, slots=True)
 class ItemRecord:
     """One item's stored result, with the fields of an ItemResult: statistics are computed from either."""

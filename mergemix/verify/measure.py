@@ -19,10 +19,9 @@ from mergemix.mixture import Mixture
 from mergemix.preparation import engine_spec, first_load, load_suites
 from mergemix.serve import open_engine, resolve_kind
 from mergemix.stored import StoredEvidence
-from mergemix.study import CandidateRecord, ItemRecord, Study
+from mergemix.study import VERIFICATION, CandidateRecord, ItemRecord, Study
 from mergemix.trained import TrainedRun
 
-ORIGIN = "verify"
 # What decides how a candidate is searched for or valued, and not what a checkpoint scores.
 NOT_OF_CHECKPOINTS = ("experts", "utility", "normalize", "race", "lora_in_flight")
 
@@ -112,7 +111,7 @@ def measure_proxies(
         collected.value(evidence.valuation)
         for repeat in (0, 1):
             wanted = [mixture for mixture in mixtures if (mixture in stopped) == bool(repeat)]
-            for record in collected.collect(wanted, ORIGIN, repeat=repeat):
+            for record in collected.collect(wanted, VERIFICATION, repeat=repeat):
                 results = study.results(record.id)
                 found[record.mixture] = Scored.of(record, results) if record.done else str(record.reason)
     return found
@@ -198,11 +197,11 @@ def _score(
             mixture = stored_as[evaluation.mixture]
             utility = None
             if evaluation.failure is not None:
-                record = study.record_failure(mixture, origin=ORIGIN, reason=evaluation.failure)
+                record = study.record_failure(mixture, origin=VERIFICATION, reason=evaluation.failure)
             else:
                 record = study.record(
                     mixture,
-                    origin=ORIGIN,
+                    origin=VERIFICATION,
                     results=evaluation.results,
                     timings=evaluation.timings,
                     proven=evaluation.proven,

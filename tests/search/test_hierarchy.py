@@ -150,3 +150,13 @@ def test_failures_and_constraints(tmp_path: Path, order: str) -> None:
     proposed = drive(search, lambda m: None if next(calls) % 4 == 3 else near_target(m))
     assert all(region.contains(mixture) for mixture in proposed)
     assert len(proposed) > 30
+
+
+@pytest.mark.parametrize("kind", ["bo", "cma", "random"])
+def test_a_cluster_without_a_share_ends(tmp_path: Path, kind: str) -> None:
+    """All that its search can ask for is one and the same candidate, known already: no budget ever runs out."""
+    search = open_tree(tmp_path, "top-down", budget=40, kind=kind)
+    drive(search, lambda mixture: -sum(mixture.as_dict()[name] for name in ("web_math", "qa")))
+    assert set(search.stop()) & {"hierarchy", "budget"}
+    best = max(search.told(), key=lambda pair: pair[1].utility)[0]
+    assert best.as_dict()["web_math"] + best.as_dict()["qa"] == 0
