@@ -1,26 +1,24 @@
-"""Six domains that a tiny model can learn in a minute, two of them of real text that every Python brings along.
+"""Five domains that a tiny model can learn in a minute, one of them of real text that every Python brings along.
 
-Four domains are tasks or nonsense, made here: `math`, `code` (functions of short strings; some of them add numbers, so
-that math helps it), `facts` (who lives where; the same facts are taught and asked) and `spam`, which nothing asks for.
-Two are real: `python`, the standard library's own source, and `prose`, the documentation that the interpreter brings.
+`math` and `code` are tasks: sums and differences, and functions of short strings, some of which add numbers, so that
+math helps code. `facts` says who lives where; the same facts are taught and asked. `python` is real: the standard
+library's own source. `spam` is nonsense, which nothing asks for.
 Except in facts, no benchmark item stands in a corpus: drawn prompts are kept out of it, and real text is cut into one
 part that is taught and another one that is asked.
 """
 
 from __future__ import annotations
 
-import importlib
 import random
 import string
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-DOMAINS = ("math", "code", "facts", "python", "prose", "spam")
-CAPABILITIES = ("math", "code", "facts", "python", "prose")
-REAL = ("python", "prose")
+DOMAINS = ("math", "code", "facts", "python", "spam")
+CAPABILITIES = ("math", "code", "facts", "python")
 ALPHABET = string.ascii_letters + string.digits + string.punctuation + " \n"
 CONTEXT, CONTINUATION = 64, 32  # characters of real text that an item shows and asks for
 NUMBERS = 50  # below which numbers are added and subtracted
@@ -84,8 +82,7 @@ def make_corpora(seed: int, *, documents: int, items: int, people: int) -> Corpo
             asked[domain] = list(_distinct(draw, 2 * items, rng))
         hidden = {item.prompt for item in asked.get(domain, ())} if domain != "facts" else set()
         texts[domain] = [item.text for item in _without(draw, hidden, documents, rng)]
-    for domain in REAL:
-        texts[domain], asked[domain] = _cut(domain, items, random.Random(f"{domain} {seed}"))
+    texts["python"], asked["python"] = _cut(library_source(), items, random.Random(f"python {seed}"))
     return Corpora(
         {domain: texts[domain] for domain in DOMAINS},
         {capability: asked[capability][0::2] for capability in CAPABILITIES},
@@ -145,15 +142,14 @@ def _without(
             yield item
 
 
-def _cut(domain: str, items: int, rng: random.Random) -> tuple[list[str], list[Item]]:
+def _cut(text: str, items: int, rng: random.Random) -> tuple[list[str], list[Item]]:
     """Documents of real text, and items from documents that are not among them."""
-    text = real_text(domain)
     pieces = [text[begin : begin + DOCUMENT] for begin in range(0, len(text) - DOCUMENT, DOCUMENT)]
     rng.shuffle(pieces)
     asked: list[Item] = []
     while len(asked) < items:
         if len(pieces) <= items // 2:
-            raise ValueError(f"{domain} has too little text for {items} items")
+            raise ValueError(f"{len(text)} characters of real text are too little for {items} items")
         piece = pieces.pop()
         for begin in range(0, DOCUMENT - CONTEXT - CONTINUATION, CONTEXT + CONTINUATION):
             middle, end = begin + CONTEXT, begin + CONTEXT + CONTINUATION
@@ -162,21 +158,14 @@ def _cut(domain: str, items: int, rng: random.Random) -> tuple[list[str], list[I
 
 
 @cache
-def real_text(domain: str) -> str:
-    """The standard library's source, or its documentation, in the characters of the alphabet.
+def library_source() -> str:
+    """The standard library's source, in the characters of the alphabet.
 
-    A paragraph that comes again is left out, as topics of the documentation repeat each other: items must be new.
+    A paragraph that comes again is left out: items must be new.
     """
-    if domain == "python":
-        library = Path(sysconfig.get_paths()["stdlib"])
-        texts: Mapping[str, str] = {
-            path.name: path.read_text(errors="ignore") for path in sorted(library.glob("*.py"))
-        }
-    else:
-        texts = importlib.import_module("pydoc_data.topics").topics
     paragraphs: dict[str, str] = {}
-    for name in sorted(texts):
-        for paragraph in texts[name].split("\n\n"):
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        for paragraph in path.read_text(errors="ignore").split("\n\n"):
             paragraphs.setdefault(" ".join(paragraph.split()), paragraph)
     joined = "\n\n".join(paragraphs.values()).replace("    ", " ")
     return "".join(character for character in joined if character in _ALLOWED)

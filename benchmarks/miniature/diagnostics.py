@@ -16,7 +16,7 @@ from mergemix.preflight.models import load_model
 from mergemix.preflight.texts import read_texts
 from mergemix.preflight.weights import measure_weights
 
-TRIANGLE = ("math", "code", "prose")
+TRIANGLE = ("math", "code", "python")
 DOCUMENTS = 64  # of each domain, for gradients and curvature
 
 

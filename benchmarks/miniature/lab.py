@@ -16,7 +16,15 @@ import yaml
 
 from benchmarks.miniature.bases import write_random
 from benchmarks.miniature.corpora import CAPABILITIES, DOMAINS, Item, make_corpora
-from benchmarks.miniature.protocol import BATCH, GENERAL, GENERAL_SHARE, SEEDS, SEQUENCE, Phase, Protocol
+from benchmarks.miniature.protocol import (
+    BATCH,
+    EXPERT_SEEDS,
+    GENERAL,
+    GENERAL_SHARE,
+    SEQUENCE,
+    Phase,
+    Protocol,
+)
 from mergemix.checkpoints.family import open_family
 from mergemix.evals.benchmark import Context, load_benchmarks
 from mergemix.evals.suite import Suite
@@ -107,7 +115,7 @@ class Lab:
     def train(
         self, start: Path, shares: Shares, phase: Phase, *, seed: int, purpose: str, general: bool = True
     ) -> Path:
-        """A model trained from `start` on `shares`, half of the tokens general data where `general`."""
+        """A model trained from `start` on `shares`; where `general`, the protocol's part of it is general data."""
         shares = {domain: round(float(share), 6) for domain, share in sorted(shares.items()) if share > 0}
         what = [start.name, shares, phase.steps, phase.learning_rate, phase.warmup, seed, general]
         out = self.models / _digest(what)
@@ -135,7 +143,7 @@ class Lab:
         self._spend(purpose, out, record)
         return out
 
-    def experts(self, start: Path, purpose: str, seeds: Sequence[int] = SEEDS) -> dict[str, Path]:
+    def experts(self, start: Path, purpose: str, seeds: Sequence[int] = EXPERT_SEEDS) -> dict[str, Path]:
         """One expert a domain, its weights the mean over `seeds`."""
         return {
             domain: self.mean([

@@ -7,24 +7,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# What the bases have read, and what fills half of every expert's and every reference's batches: a crawl.
-GENERAL = {"math": 0.15, "code": 0.15, "facts": 0.2, "python": 0.2, "prose": 0.2, "spam": 0.1}
-GENERAL_SHARE = (
-    0.5  # DeMix, arXiv 2602.00747: component models work better with about half general data inside
-)
-SEQUENCE = 128  # tokens, which are characters
-BATCH = 16  # sequences
-SEEDS = (0, 1)  # of experts (whose weights are averaged) and of references (whose scores are)
+# What the bases have read, and what fills a part of every expert's and every reference's batches: a crawl.
+GENERAL = {"math": 0.2, "code": 0.2, "facts": 0.25, "python": 0.25, "spam": 0.1}
+GENERAL_SHARE = 0.25
+SEQUENCE = 64  # tokens, which are characters
+BATCH = 64  # sequences
+EXPERT_SEEDS = (0, 1)  # their weights are averaged
+# Of all models that are trained on a mixture: other orders of the data than the experts'.
+REFERENCE_SEEDS = (2, 3)
 
 
 @dataclass(frozen=True)
 class Shape:
     """A decoder with grouped-query attention and tied embeddings; experts > 0 makes its blocks mixtures of experts."""
 
-    hidden: int = 128
-    layers: int = 3
-    intermediate: int = 256
-    heads: int = 4
+    hidden: int = 64
+    layers: int = 2
+    intermediate: int = 128
+    heads: int = 2
     experts: int = 0
     active: int = 2
 
@@ -51,11 +51,11 @@ class Protocol:
         default_factory=lambda: {
             "dense": Shape(),
             "moe": Shape(intermediate=64, experts=8),
-            "dense-4x": Shape(hidden=256),
+            "dense-4x": Shape(hidden=128, intermediate=256, heads=4),
         }
     )
-    base: tuple[Phase, ...] = (Phase(700, 2e-3, 50), Phase(200, 2e-4))
-    expert: Phase = Phase(30, 2e-4, 5)
+    base: tuple[Phase, ...] = (Phase(700, 3e-3, 50), Phase(500, 1e-3), Phase(300, 2e-4))
+    expert: Phase = Phase(60, 2e-4, 5)
     final: Phase = Phase(120, 2e-4, 5)
     documents: int = 40_000
     items: int = 600

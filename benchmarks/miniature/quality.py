@@ -10,12 +10,12 @@ import yaml
 
 from benchmarks.miniature.corpora import CAPABILITIES, DOMAINS
 from benchmarks.miniature.lab import Lab, Shares, Yardstick
-from benchmarks.miniature.protocol import SEEDS, Phase
+from benchmarks.miniature.protocol import EXPERT_SEEDS, REFERENCE_SEEDS, Phase
 from benchmarks.miniature.ranks import search, search_from
 from mergemix.search.surrogates import open_surrogate
 
 # Clusters of domains, as the paper's tree groups data sets.
-TREE = {"skills": ["math", "code"], "text": ["facts", "prose"], "crawl": ["python", "spam"]}
+TREE = {"skills": ["math", "code"], "rest": ["facts", "python", "spam"]}
 REGMIX_SAMPLES, REGMIX_TOP = 100_000, 100  # mixtures that RegMix predicts, and the best that it averages
 
 
@@ -29,7 +29,7 @@ def final_quality(lab: Lab) -> dict[str, Any]:
     grid = list(_lattice(lab.protocol.grid))
     models = {
         str(number): lab.train(
-            lab.base("dense"), shares, lab.protocol.final, seed=SEEDS[0], purpose="exhaustive grid"
+            lab.base("dense"), shares, lab.protocol.final, seed=REFERENCE_SEEDS[0], purpose="exhaustive grid"
         )
         for number, shares in enumerate(grid)
     }
@@ -57,13 +57,15 @@ def dynamic(lab: Lab) -> dict[str, Any]:
     base, static, phase = lab.base("dense"), mergemix(lab), lab.protocol.final
     half = Phase(phase.steps // 2, phase.learning_rate, phase.warmup)
     rest = Phase(phase.steps - half.steps, phase.learning_rate)
-    middles = [lab.train(base, static, half, seed=seed, purpose="dynamic, first half") for seed in SEEDS]
-    experts = lab.experts(middles[0], "dynamic, experts", seeds=SEEDS[:1])
+    middles = [
+        lab.train(base, static, half, seed=seed, purpose="dynamic, first half") for seed in REFERENCE_SEEDS
+    ]
+    experts = lab.experts(middles[0], "dynamic, experts", seeds=EXPERT_SEEDS[:1])
     again = search_from(lab, "middle", middles[0], experts)["best"]["mixture"]
     ends = {
         name: [
             lab.train(middle, shares, rest, seed=seed + 100, purpose="dynamic, second half")
-            for middle, seed in zip(middles, SEEDS, strict=True)
+            for middle, seed in zip(middles, REFERENCE_SEEDS, strict=True)
         ]
         for name, shares in (("static", static), ("dynamic", again))
     }
@@ -100,7 +102,7 @@ def mergemix(lab: Lab) -> dict[str, float]:
 def regmix(lab: Lab) -> dict[str, float]:
     """RegMix (arXiv 2407.01492) with the tokens that the experts cost: short proxies, LightGBM, the best predicted."""
     protocol = lab.protocol
-    spent = len(DOMAINS) * len(SEEDS) * protocol.expert.steps
+    spent = len(DOMAINS) * len(EXPERT_SEEDS) * protocol.expert.steps
     phase = Phase(max(1, spent // protocol.proxies), protocol.expert.learning_rate)
     rng = np.random.default_rng(0)
     mixtures = rng.dirichlet(np.ones(len(DOMAINS)), protocol.proxies)
@@ -126,7 +128,10 @@ def _table(lab: Lab, shape: str, chosen: Mapping[str, Shares], purpose: str) -> 
     """Every chosen mixture trained to the end, once a seed, and scored on the test items."""
     base = lab.base(shape)
     models = {
-        name: [lab.train(base, shares, lab.protocol.final, seed=seed, purpose=purpose) for seed in SEEDS]
+        name: [
+            lab.train(base, shares, lab.protocol.final, seed=seed, purpose=purpose)
+            for seed in REFERENCE_SEEDS
+        ]
         for name, shares in chosen.items()
     }
     return {
@@ -157,7 +162,7 @@ def _yardstick(lab: Lab, shape: str, bench: str) -> Yardstick:
     base = lab.base(shape)
     pure = {
         domain: lab.train(
-            base, {domain: 1.0}, lab.protocol.expert, seed=SEEDS[0], purpose=f"yardstick {shape}"
+            base, {domain: 1.0}, lab.protocol.expert, seed=EXPERT_SEEDS[0], purpose=f"yardstick {shape}"
         )
         for domain in DOMAINS
     }

@@ -10,13 +10,13 @@ import numpy as np
 
 from benchmarks.miniature.corpora import CAPABILITIES, DOMAINS
 from benchmarks.miniature.lab import Lab, Shares
-from benchmarks.miniature.protocol import SEEDS
+from benchmarks.miniature.protocol import REFERENCE_SEEDS
 from mergemix.config import RunConfig
 from mergemix.rank_stats import rank_agreement
 from mergemix.run import run
 from mergemix.verify import verify
 
-PAIR = ("math", "prose")  # of the dual-capability study
+PAIR = ("math", "code")  # of the dual-capability study
 POINTS = 9
 HELD_OUT_SEED = 20_260_117  # of the held-out mixtures; no other study draws with it
 
@@ -94,7 +94,7 @@ def _references(lab: Lab, shape: str, mixtures: Sequence[Shares]) -> Any:
             "seed": seed,
         }
         for shares in mixtures
-        for seed in SEEDS
+        for seed in REFERENCE_SEEDS
     ]
     path = lab.root / f"references-{shape}.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -107,7 +107,7 @@ def _trained(lab: Lab, shape: str, mixtures: Sequence[Shares], purpose: str) -> 
     models = {
         f"{number}-{seed}": lab.train(base, shares, lab.protocol.expert, seed=seed, purpose=purpose)
         for number, shares in enumerate(mixtures)
-        for seed in SEEDS
+        for seed in REFERENCE_SEEDS
     }
     scores = lab.score_models(models)
-    return [[scores[f"{number}-{seed}"] for seed in SEEDS] for number in range(len(mixtures))]
+    return [[scores[f"{number}-{seed}"] for seed in REFERENCE_SEEDS] for number in range(len(mixtures))]
