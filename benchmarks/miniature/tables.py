@@ -59,8 +59,8 @@ def _head(results: Mapping[str, Any]) -> str:
         f"({taken['cpu']}), commit {str(taken['commit'])[:12]}, Python {taken['python']}.\n\n"
         "Domains: made tasks (math, and code that adds numbers, too), made facts, the standard library's source "
         "(python), and spam, which nothing asks for. Every number of the protocol is in `miniature/protocol.py` "
-        "beside the benchmarks, fixed before any held-out mixture was trained. The paper has models 10,000 times as large "
-        "on real benchmarks: its figures stand beside ours for the shape of the result, not its size."
+        "beside the benchmarks, fixed before any held-out mixture was trained. The paper has models 10,000 times as "
+        "large on real benchmarks: its figures stand beside ours for the shape of the result, not its size."
     )
 
 
@@ -169,7 +169,8 @@ def _matrices(found: Mapping[str, Any]) -> str:
     return (
         "## 9. Curvature and cosines (figure 7)\n\n"
         f"Here {'; '.join(parts)}. The paper: gamma is diagonally dominant, cosines near zero. A part of every "
-        "expert's tokens is the same general data, which is a common part of all task vectors.\n\n![matrices](matrices.png)"
+        "expert's tokens is the same general data, which is a common part of all task vectors."
+        "\n\n![matrices](matrices.png)"
     )
 
 
