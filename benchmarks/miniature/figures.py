@@ -55,8 +55,12 @@ def _ranks(found: Sequence[Mapping[str, Any]]) -> Any:
     """Merged beside trained utility of the held-out mixtures."""
     figure, axes = plt.subplots(1, len(found), figsize=(4.5 * len(found), 4), squeeze=False)
     for study, axis in zip(found, axes[0], strict=True):
-        points = study["overall"]["calibration"]
-        axis.plot([each["proxy"] for each in points], [each["trained"] for each in points], "o")
+        points = study["calibration"]
+        axis.plot(
+            [each["proxy"]["overall"] for each in points],
+            [each["trained"]["overall"] for each in points],
+            "o",
+        )
         axis.set_title(f"{study['shape']}: rho {study['overall']['spearman']:.2f}")
         axis.set_xlabel("utility of the merge")
         axis.set_ylabel("utility when trained")
