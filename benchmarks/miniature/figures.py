@@ -58,7 +58,7 @@ def _ranks(found: Sequence[Mapping[str, Any]]) -> Any:
         points = study["calibration"]
         axis.plot(
             [each["proxy"]["overall"] for each in points],
-            [each["trained"]["overall"] for each in points],
+            [np.mean(each["trained"]["overall"]) for each in points],
             "o",
         )
         axis.set_title(f"{study['shape']}: rho {study['overall']['spearman']:.2f}")
