@@ -48,6 +48,9 @@ class Observer(Protocol):
     def stage(self, text: str) -> None:
         """A new stage began."""
 
+    def note(self, text: str) -> None:
+        """Something that must be read, whatever comes after it."""
+
     def candidate(self, progress: Progress) -> None:
         """A candidate was evaluated."""
 
@@ -56,6 +59,9 @@ class Silent:
     """The observer of programs."""
 
     def stage(self, text: str) -> None:
+        pass
+
+    def note(self, text: str) -> None:
         pass
 
     def candidate(self, progress: Progress) -> None:

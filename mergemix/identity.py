@@ -122,10 +122,10 @@ def stored_config(info: Mapping[str, Any], directory: Path) -> RunConfig:
             f"{directory} is configured with {', '.join(unknown)}, which this version does not know: use the mergemix "
             "that wrote it, or give --config study.yaml"
         )
+    # An option that is newer than the study has its default.
     stored["experts"] = dict(stored["experts"])
-    stored["groups"] = {name: tuple(members) for name, members in stored["groups"].items()}
-    for key in PATHS:
-        stored[key] = tuple(stored[key])
+    stored["groups"] = {name: tuple(members) for name, members in stored.get("groups", {}).items()}
+    stored |= {key: tuple(stored[key]) for key in PATHS if key in stored}
     return RunConfig(**{**stored, "study": directory})
 
 

@@ -13,17 +13,17 @@ import numpy as np
 
 from mergemix.checkpoints.family import Family, open_family
 from mergemix.config import ENGINES
-from mergemix.errors import ConfigError
+from mergemix.errors import ConfigError, EngineError
 from mergemix.evals.benchmark import Context, load_benchmarks
 from mergemix.evals.suite import Suite
 from mergemix.evaluator import answer
 from mergemix.mixture import Mixture
 from mergemix.preflight.family import preflight_family
-from mergemix.preflight.path_checks import Answers, barriers_of, own_domains, path_checks
+from mergemix.preflight.path_checks import Answers, Barrier, barriers_of, own_domains, path_checks
 from mergemix.preflight.routing import num_experts
 from mergemix.preflight.text_checks import Findings, check_curvature, check_routing
 from mergemix.preflight.texts import Snippet, Texts, read_texts
-from mergemix.preflight.verdict import worst
+from mergemix.preflight.verdict import Check, worst
 from mergemix.serve import open_engine, resolve_kind
 from mergemix.serve.engine import Engine, EngineSpec, Generate, LogLikelihood
 from mergemix.serve.tokens import encode_prompt, load_tokenizer
@@ -40,6 +40,7 @@ CURVED_DOCUMENTS, CURVED_TOKENS = 8, 256
 NO_LOSS = 1000.0
 
 Stage = Callable[[str], None]
+Asked = dict[str, Answers] | str  # by domain or benchmark; or why weights could not be scored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,15 +129,19 @@ def _routing(family: Family, texts: Texts, suite: Suite | None, stage: Stage) ->
 def _curvature(family: Family, texts: Texts, stage: Stage) -> Findings:
     if not texts:
         return Findings(missing={"curvature": "it needs a little text of each domain: give --data"})
-    few = {
-        domain: tuple(
+    short = {
+        domain: [
             Snippet(snippet.ids[:CURVED_TOKENS], snippet.num_read)
-            for snippet in snippets[:CURVED_DOCUMENTS]
+            for snippet in snippets
             if snippet.num_read < CURVED_TOKENS
-        )
+        ]
         for domain, snippets in texts.items()
     }
-    return check_curvature(family, {domain: snippets for domain, snippets in few.items() if snippets}, stage)
+    few = {domain: tuple(snippets[:CURVED_DOCUMENTS]) for domain, snippets in short.items() if snippets}
+    found = check_curvature(family, few, stage)
+    why = f"its prompts leave nothing to score within {CURVED_TOKENS} tokens"
+    found.missing |= {f"curvature of {domain}": why for domain in texts if domain not in few}
+    return found
 
 
 def _paths(
@@ -187,7 +192,7 @@ class TextQuestions:
             answered = [next(outputs) for _ in snippets]
             tokens = np.array([max(output.num_tokens, 1) for output in answered], float)
             losses = np.array([-output.logprob for output in answered]) / tokens
-            found[domain] = Answers(np.nan_to_num(losses, nan=NO_LOSS, posinf=NO_LOSS), tokens)
+            found[domain] = Answers(np.minimum(np.nan_to_num(losses, nan=NO_LOSS), NO_LOSS), tokens)
         return found
 
 
@@ -225,8 +230,9 @@ def measure_paths(
 
     engine: of the family. Lines go from each expert to the uniform merge and between each two experts; costs one
     evaluation for each of 1 + K + 1 ends and 3K + K(K - 1)/2 points between them.
-    paths: by questions ("loss", "score"), the answers of the ends and the barrier of every line (see `Barrier`).
-    Raises EngineError when the engine fails.
+    paths: by questions ("loss", "score"), the answers of the ends and the barrier of every line (see `Barrier`). What
+    weights could not be scored is left out there, and a check.
+    Raises EngineError when the engine fails, or none of the ends could be scored.
     """
     names = family.names
     ends = {name: Mixture.one_hot(names, name) for name in names}
@@ -240,12 +246,12 @@ def measure_paths(
         ends["base"] = Mixture.base_only(names)
     total, done = len(ends) + sum(len(shares) for *_, shares in lines), 0
 
-    def ask(mixture: Mixture) -> list[dict[str, Answers]]:
+    def ask(mixture: Mixture) -> list[Asked]:
         nonlocal done
         done += 1
         stage(f"paths: {done} of {total}, {mixture}")
         engine.apply(mixture)
-        return [each.ask(engine) for each in questions]
+        return [_answers(each, engine) for each in questions]
 
     at_ends = {name: ask(mixture) for name, mixture in ends.items()}
     at_points = [
@@ -253,24 +259,59 @@ def measure_paths(
     ]
     findings = Findings({"paths": {}})
     for q, each in enumerate(questions):
-        own_ends = {name: answers[q] for name, answers in at_ends.items()}
-        barriers = [
-            barrier
-            for (a, b, _), points in zip(lines, at_points, strict=True)
-            for barrier in barriers_of(a, b, own_ends, [(share, answers[q]) for share, answers in points])
+        points = [
+            (a, b, [(share, answers[q]) for share, answers in found])
+            for (a, b, _), found in zip(lines, at_points, strict=True)
         ]
-        sign = 1 if each.losses else -1
-        findings.measured["paths"][each.name] = {
-            "unit": each.unit,
-            "ends": {
-                end: {name: sign * found.mean for name, found in answers.items()}
-                for end, answers in own_ends.items()
-            },
-            "barriers": [barrier.as_dict() for barrier in barriers],
-        }
-        own = own_domains(names, own_ends)
-        findings.checks += path_checks(own_ends, barriers, own, unit=each.unit, losses=each.losses)
+        own_ends = {name: answers[q] for name, answers in at_ends.items()}
+        measured, checks = _along(each, names, own_ends, points)
+        findings.measured["paths"][each.name] = measured
+        findings.checks += checks
     return findings
+
+
+def _answers(questions: Questions, engine: Engine) -> Asked:
+    try:
+        return questions.ask(engine)
+    except EngineError as error:  # weights that answer nothing are a finding: an expert that diverged
+        return str(error)
+
+
+def _along(
+    questions: Questions,
+    experts: tuple[str, ...],
+    ends: Mapping[str, Asked],
+    lines: list[tuple[str, str, list[tuple[float, Asked]]]],
+) -> tuple[dict[str, Any], list[Check]]:
+    """What one kind of question gave: for programs, and the verdicts. Raises EngineError when nothing was answered."""
+    failed = {name: found for name, found in ends.items() if isinstance(found, str)}
+    if len(failed) == len(ends):
+        raise EngineError(next(iter(failed.values())))
+    answered = {name: found for name, found in ends.items() if not isinstance(found, str)}
+    barriers: list[Barrier] = []
+    for a, b, points in lines:
+        failed |= {f"{a} merged with {b}": found for _, found in points if isinstance(found, str)}
+        known = [(share, found) for share, found in points if not isinstance(found, str)]
+        if a in answered and b in answered and known:
+            barriers += barriers_of(a, b, answered, known)
+    sign = 1 if questions.losses else -1
+    measured = {
+        "unit": questions.unit,
+        "ends": {
+            end: {name: sign * found.mean for name, found in answers.items()}
+            for end, answers in answered.items()
+        },
+        "barriers": [barrier.as_dict() for barrier in barriers],
+    }
+    checks = []
+    if failed:
+        why = f"{', '.join(failed)} cannot be scored: {next(iter(failed.values()))}"
+        checks = [Check("answers", "do not trust", why)]
+    own = {name: domain for name, domain in own_domains(experts, answered).items() if name in answered}
+    return measured, [
+        *checks,
+        *path_checks(answered, barriers, own, unit=questions.unit, losses=questions.losses),
+    ]
 
 
 def between(begin: Mixture, end: Mixture, share: float) -> Mixture:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+from mergemix import __version__
 from mergemix.checkpoints.family import Family
 from mergemix.config import RunConfig
 from mergemix.errors import ConfigError, StudyError
@@ -21,6 +22,7 @@ from mergemix.evidence import Evidence
 from mergemix.identity import check_suites
 from mergemix.mixture import Mixture
 from mergemix.preflight.family import preflight_family
+from mergemix.preflight.verdict import VERDICTS, Check
 from mergemix.search import Search, layer_groups, load_tree, open_search
 from mergemix.search.constraints import Constraints
 from mergemix.serve.engine import EngineSpec
@@ -182,22 +184,46 @@ def valuation_of(
     return valuation
 
 
-def preflight_once(config: RunConfig, family: Family, identity: Mapping[str, Any]) -> dict[str, Any]:
+def preflight_once(
+    config: RunConfig, family: Family, identity: Mapping[str, Any], note: Callable[[str], None]
+) -> dict[str, Any]:
     """{verdict, checks} of the part of the preflight that needs weights alone: one read of them, once a study.
 
-    The whole of it is kept in preflight.json beside the study, with the checkpoints that it is about. Raises what
-    `preflight_family` raises, and OutputError.
+    The whole of it is kept in preflight.json beside the study, with what it is about. note: told every check that is
+    not fine, before anything is searched. Raises CheckpointError when a file is gone or changed, and OutputError.
     """
-    about = {key: value for key, value in identity.items() if key == "base" or key.startswith("expert ")}
+    about = {
+        "version": __version__,
+        **{key: value for key, value in identity.items() if key == "base" or key.startswith("expert ")},
+    }
     path = config.study / "preflight.json"
+    found = _read_preflight(path, about)
+    if found is None:
+        try:
+            found = preflight_family(family)
+        except ConfigError as error:  # the memory bound: no reason not to search
+            missing = Check("weights", "doubtful", f"not measured: {error}")
+            found = {"verdict": missing.verdict, "checks": [missing.as_dict()]}
+        write_json(path, {"about": about, **found})
+    for check in found["checks"]:
+        if check["verdict"] != "fine":
+            note(f"Preflight, {check['verdict']}: {check['why']}.")
+    return {"verdict": found["verdict"], "checks": found["checks"]}
+
+
+def _read_preflight(path: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the file says, if it is about this; None too for a file that somebody damaged: it is measured again."""
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        found = {}
-    if found.get("checkpoints") != about:
-        found = {"checkpoints": about, **preflight_family(family)}
-        write_json(path, found)
-    return {"verdict": found["verdict"], "checks": found["checks"]}
+        if found["about"] != about or found["verdict"] not in VERDICTS:
+            return None
+        known: dict[str, Any] = {**found, "checks": [dict(check) for check in found["checks"]]}
+        assert all(
+            isinstance(check["why"], str) and check["verdict"] in VERDICTS for check in known["checks"]
+        )
+    except (OSError, ValueError, TypeError, KeyError, AssertionError, RecursionError):
+        return None
+    return known
 
 
 def open_holdout(

@@ -60,7 +60,7 @@ def run(config: RunConfig, observer: Observer | None = None) -> dict[str, Any]:
         )
         evidence.utility, evidence.region = early_utility(config, suite), search.region
         observer.stage("checking that the experts can be merged")
-        checked = preflight_once(config, family, identity)
+        checked = preflight_once(config, family, identity, observer.note)
         observer.stage("scoring the baselines")
         references = evidence.collect(list(baselines.values()), origin="baseline")
         evidence.value(valuation_of(config, evidence, dict(zip(baselines, references, strict=True))))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mergemix.checkpoints.family import Family, open_family
+from mergemix.errors import EngineError
 from mergemix.evals.benchmark import Context, load_benchmarks
 from mergemix.evals.suite import Suite
 from mergemix.mixture import Mixture
@@ -87,8 +88,9 @@ def test_a_hill_between_experts_is_a_barrier(family: Family) -> None:
     assert verdicts["barrier"] == "do not trust"
 
 
-def test_a_model_without_finite_losses_is_a_verdict_and_no_error(family: Family) -> None:
-    _, paths, verdicts = paths_of(family, math.inf)
+@pytest.mark.parametrize("curvature", [math.inf, 1e30])
+def test_a_model_without_finite_losses_is_a_verdict_and_no_error(family: Family, curvature: float) -> None:
+    _, paths, verdicts = paths_of(family, curvature)
     assert paths["ends"]["math"]["math"] == NO_LOSS
     assert verdicts["learned"] == "do not trust"
     json.dumps(paths, allow_nan=False)
@@ -108,6 +110,26 @@ def test_scores_are_reported_as_they_are_and_barriers_as_what_is_lost(
     hill = measure_paths(Bowl(-1.0), family, [SuiteQuestions(Suite(load_benchmarks([str(words)], context)))])
     assert [check.verdict for check in hill.checks] == ["do not trust"]
     assert "below the straight line" in hill.checks[0].why
+
+
+def test_weights_that_cannot_be_scored_are_a_verdict_and_no_error(
+    family: Family, tiny_study: TinyStudy
+) -> None:
+    """A benchmark of log-likelihoods refuses what is not finite: here of all weights but the base's."""
+    context = Context(root=tiny_study.paths["base"], engine="hf")
+    [words] = [path for path in tiny_study.bench if path.stem == "words"]
+    questions = SuiteQuestions(Suite(load_benchmarks([str(words)], context)))
+    found = measure_paths(Bowl(math.inf), family, [questions])
+    paths = found.measured["paths"]["score"]
+    assert (set(paths["ends"]), paths["barriers"]) == ({"base"}, [])
+    [check] = found.checks
+    assert check.verdict == "do not trust"
+    assert check.why.startswith("math, code, web, uniform, math merged with uniform, ")
+    assert "web cannot be scored: words: a log-likelihood must be finite, but is -inf on item" in check.why
+    json.dumps(paths, allow_nan=False)
+    alone = open_family(None, {expert.name: expert.source for expert in family.experts})
+    with pytest.raises(EngineError, match="must be finite"):
+        measure_paths(Bowl(math.inf), alone, [questions])
 
 
 def test_two_experts_have_one_line_and_one_alone_has_none(tmp_path: Path, family: Family) -> None:

@@ -139,6 +139,24 @@ def test_an_expert_with_a_nan_is_a_verdict_and_no_error(
     assert set(result["not_measured"]) == {"routing", "curvature", "paths"}
 
 
+def test_prompts_too_long_for_the_curvature_are_told(
+    invoke: Invoke, tiny_study: TinyStudy, corpus: Path, tmp_path: Path
+) -> None:
+    """They are left out before documents are counted; a domain that has no others is named."""
+    long = {"prompt": "the " * 300, "answer": "cat"}
+    some, all_long = tmp_path / "some.jsonl", tmp_path / "long.jsonl"
+    some.write_text(f"{json.dumps(long)}\n" * 10 + corpus.read_text())
+    all_long.write_text(f"{json.dumps(long)}\n")
+    code, out, err = invoke(
+        *arguments(tiny_study), f"--data=math={corpus}", f"--data=code={some}", f"--data=web={all_long}",
+        "--engine=hf", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert set(result["curvature"]["gamma"]) == {"math", "code"}
+    assert "within 256 tokens" in result["not_measured"]["curvature of web"]
+
+
 def test_bad_input_is_refused(invoke: Invoke, tiny_study: TinyStudy, tmp_path: Path) -> None:
     given = arguments(tiny_study)
     bad = tmp_path / "bad.jsonl"

@@ -385,3 +385,16 @@ def test_tables_show_what_is_not_known(study: tuple[Path, list[Mixture]], tmp_pa
     assert "corrected" in texts[1]
     assert "(95% intervals over references)" in texts[1]
     json.dumps(verify(directory, few), allow_nan=False)
+
+
+def test_tables_fit_a_terminal_of_80_columns(study: tuple[Path, list[Mixture]], tmp_path: Path) -> None:
+    """No interval is cut, below zero neither; and a capability may be called overall, too."""
+    directory, mixtures = study
+    result = verify(directory, trained(tmp_path / "trained.jsonl", mixtures))
+    low = {**result["overall"], "interval": [-0.28, 1.0], "kendall_interval": [-0.32, 1.0]}
+    result["capabilities"] |= {"overall": low, "a-capability-of-a-long-name": low}
+    console = Console(width=80, file=(tmp_path / "out").open("w"))
+    with console.capture() as captured:
+        console.print(verify_table(result))
+    assert "…" not in captured.get()
+    assert captured.get().count("(-0.28..1.00)") == captured.get().count("(-0.32..1.00)") == 2

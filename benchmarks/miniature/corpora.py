@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import string
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,6 @@ DOMAINS = ("math", "code", "facts", "python", "spam")
 CAPABILITIES = ("math", "code", "facts", "python")
 ALPHABET = string.ascii_letters + string.digits + string.punctuation + " \n"
 CONTEXT, CONTINUATION = 64, 32  # characters of real text that an item shows and asks for
-NUMBERS = 50  # below which numbers are added and subtracted
 DOCUMENT = 400  # characters of a document of real text
 
 
@@ -79,7 +78,7 @@ def make_corpora(seed: int, *, documents: int, items: int, people: int) -> Corpo
         if domain == "facts":
             asked[domain] = rng.sample(known, min(2 * items, len(known)))
         elif domain in CAPABILITIES:
-            asked[domain] = list(_distinct(draw, 2 * items, rng))
+            asked[domain] = _distinct(draw, 2 * items, rng)
         hidden = {item.prompt for item in asked.get(domain, ())} if domain != "facts" else set()
         texts[domain] = [item.text for item in _without(draw, hidden, documents, rng)]
     texts["python"], asked["python"] = _cut(library_source(), items, random.Random(f"python {seed}"))
@@ -90,17 +89,21 @@ def make_corpora(seed: int, *, documents: int, items: int, people: int) -> Corpo
     )
 
 
+def _numbers(rng: random.Random) -> tuple[int, int]:
+    return rng.randrange(110, 990), rng.randrange(1, 6)
+
+
 def _math(rng: random.Random) -> Item:
-    a, b = rng.randrange(NUMBERS), rng.randrange(NUMBERS)
+    a, b = _numbers(rng)
     if rng.random() < 0.5:
         return Item(f"{a}+{b}=", str(a + b))
-    return Item(f"{max(a, b)}-{min(a, b)}=", str(abs(a - b)))
+    return Item(f"{a}-{b}=", str(a - b))
 
 
 def _code(rng: random.Random) -> Item:
     """Half of it adds numbers: what math teaches is worth something here."""
     if rng.random() < 0.5:
-        a, b = rng.randrange(NUMBERS), rng.randrange(NUMBERS)
+        a, b = _numbers(rng)
         return Item(f"add({a},{b})->", str(a + b))
     name, function = rng.choice(list(FUNCTIONS.items()))
     word = "".join(rng.sample("abcdefghij", 4))
@@ -123,7 +126,7 @@ def _facts(people: int, rng: random.Random) -> list[Item]:
     ]
 
 
-def _distinct(draw: Callable[[random.Random], Item], count: int, rng: random.Random) -> Sequence[Item]:
+def _distinct(draw: Callable[[random.Random], Item], count: int, rng: random.Random) -> list[Item]:
     items: dict[str, Item] = {}
     while len(items) < count:
         item = draw(rng)

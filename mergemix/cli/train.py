@@ -24,6 +24,10 @@ class Count(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         try:
+            return int(value)  # exact, however large
+        except ValueError:
+            pass
+        try:
             number = float(value)
             if number == int(number):
                 return int(number)
@@ -46,7 +50,8 @@ class Count(click.ParamType):
 )
 @click.option(
     "--tokens", type=Count(),
-    help="Tokens to train on, rounded up to whole steps. Default: as many as there are before a domain repeats.",
+    help="Tokens to train on, rounded up to whole steps; of each expert with --all. Default, without it: as many as "
+    "there are before a domain repeats.",
 )  # fmt: skip
 @click.option("--sequence-length", type=Count(), help="In tokens. Default: the base's, at most 2048.")
 @click.option(
@@ -61,7 +66,13 @@ class Count(click.ParamType):
 )
 @click.option("--warmup", type=Count(), help="In steps. Default: a tenth of them, at most 100.")
 @click.option("--general", type=NUMBERS, multiple=True, help="NAME=SHARE,... of the general data.")
-@click.option("--general-share", type=float, default=0.0, help="Share of all tokens that is general data.")
+@click.option(
+    "--general-share",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Share of all tokens that is general data.",
+)
 @click.option("--seed", type=Count(), default=0, show_default=True)
 @click.option("--save-every", type=Count(), default=500, show_default=True, help="Steps between checkpoints.")
 @click.option(
@@ -129,7 +140,7 @@ def _interruptible(out: Path) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, click.Abort):
         raise Interrupted(
-            f"Interrupted. What was trained towards {out} is stored; the same command again goes on there."
+            f"Interrupted. What was stored towards {out} is kept; the same command again goes on there."
         ) from None
 
 

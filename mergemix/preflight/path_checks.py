@@ -30,24 +30,36 @@ Ends = Mapping[str, Mapping[str, "Answers"]]  # mixture's name -> domain or benc
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model got. values: [items], higher is worse. weights: [items] of the mean: tokens, or ones."""
+    """What one model got. values: [items], higher is worse. weights: [items] of the mean: tokens, or ones.
+
+    NaN: an item without a score, which nothing is a mean over.
+    """
 
     values: np.ndarray
     weights: np.ndarray
 
     @property
+    def known(self) -> Answers:
+        """Of the items that have a score."""
+        known = np.isfinite(self.values)
+        return self if known.all() else Answers(self.values[known], self.weights[known])
+
+    @property
     def mean(self) -> float:
-        return float(np.average(self.values, weights=self.weights))
+        """NaN without any item."""
+        known = self.known
+        return float(np.average(known.values, weights=known.weights)) if len(known.values) else math.nan
 
     @property
     def noise(self) -> float:
         """Standard error of the mean over items; infinite of one item."""
-        count = len(self.values)
+        known = self.known
+        count = len(known.values)
         if count < 2:
             return math.inf
-        shares = self.weights / self.weights.sum()
+        shares = known.weights / known.weights.sum()
         # Of a weighted mean: items that are drawn at random, each with its weight.
-        squares = np.sum((shares * (self.values - self.mean)) ** 2)
+        squares = np.sum((shares * (known.values - known.mean)) ** 2)
         return float(np.sqrt(squares * count / (count - 1)))
 
     def minus(self, other: Answers, share: float = 1.0) -> Answers:
@@ -94,6 +106,9 @@ def barriers_of(
         gaps = [
             (share, answers[name].minus(first, 1 - share).minus(last, share)) for share, answers in points
         ]
+        gaps = [(share, gap) for share, gap in gaps if len(gap.known.values)]
+        if not gaps:
+            continue  # the three have no item in common
         share, gap = max(gaps, key=lambda pair: pair[1].mean)
         line = abs((1 - share) * first.mean + share * last.mean)
         # A line at zero: nobody scored anything at its ends, and what is worse than that is beyond all measure.

@@ -41,11 +41,13 @@ def check_routing(family: Family, texts: Texts, stage: Stage) -> Findings:
     """Do experts and their uniform merge send tokens where the base (without one: the merge) sends them?
 
     routing: the agreement with it of each model, by router, and their mean; chance: what unrelated routers would agree.
-    Raises EngineError when transformers cannot make the model.
+    Not measured where one model does not fit in memory. Raises EngineError when transformers cannot make the model.
     """
     count = num_experts(family.template.config)
     if count is None:
         return Findings(missing={"routing": "the model has no mixture of experts"})
+    if why := _too_little_memory(sum(tensor.nbytes for tensor in family.template.tensors.values())):
+        return Findings(missing={"routing": why})
     mixtures = {name: Mixture.one_hot(family.names, name) for name in family.names}
     mixtures["uniform"] = Mixture.uniform(family.names)
     reference = "uniform" if family.base is None else "base"
@@ -97,13 +99,8 @@ def check_curvature(family: Family, texts: Texts, stage: Stage) -> Findings:
         return Findings(missing={"curvature": "it is measured at the base: give --base"})
     if len(texts) < 2:
         return Findings(missing={"curvature": "it compares domains: give --data of two or more"})
-    needed, free_bytes = memory_needed(_num_parameters(family), len(texts)), _free_memory()
-    if free_bytes is not None and needed > free_bytes:
-        return Findings(
-            missing={
-                "curvature": f"it needs {size_text(needed)} of memory, and {size_text(free_bytes)} are free"
-            }
-        )
+    if why := _too_little_memory(memory_needed(_num_parameters(family), len(texts))):
+        return Findings(missing={"curvature": why})
     stage("curvature: gradients and Hessian-vector products at the base")
     model = load_model(family, Mixture.base_only(family.names), dtype=torch.float32)
     try:
@@ -149,6 +146,13 @@ def _curvature_check(found: Curvature) -> Check:
 
 def _num_parameters(family: Family) -> int:
     return sum(int(np.prod(tensor.shape)) for tensor in family.template.tensors.values())
+
+
+def _too_little_memory(needed: int) -> str | None:
+    free_bytes = _free_memory()
+    if free_bytes is None or needed <= free_bytes:
+        return None
+    return f"it needs {size_text(needed)} of memory, and {size_text(free_bytes)} are free"
 
 
 def _free_memory() -> int | None:

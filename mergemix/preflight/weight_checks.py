@@ -25,6 +25,8 @@ STRANGER_ALIGNMENT = 0.3
 COMMON_COSINE, COMMON_FAR = 0.9, 0.3
 # Distance of two experts over their mean's norm, without a base: sqrt(2) times a task vector's, at right angles.
 DISTANCE_DOUBTFUL, DISTANCE_DISTRUSTED = 0.2, 0.85
+# Of the smallest distance to the largest: sums in fp32 leave about 3e-4 of two that are the same.
+SAME_DISTANCE = 1e-3
 # Of an expert's norm to the others' median: sound families had up to 1.1, one expert at 10 times the rate 8.
 APART_DOUBTFUL, APART_DISTRUSTED = 3.0, 10.0
 # Opposed experts undo each other in a merge. Experts without any general data had down to -0.25.
@@ -43,6 +45,12 @@ def weight_checks(geometry: FamilyGeometry) -> list[Check]:
     if bad:
         return bad
     checks = [Check("finite", "fine", "no weight is NaN or Inf", 0.0, 0.0)]
+    if not geometry.whole.gram[0, 0] > 0:
+        reference = "the base's weights are" if geometry.has_base else "the mean of the experts is"
+        return [
+            *checks,
+            Check("same base", "do not trust", f"{reference} all zero: nothing can be told from it"),
+        ]
     if geometry.has_base:
         checks += [
             _base_check(geometry),
@@ -64,8 +72,8 @@ def _not_finite(geometry: FamilyGeometry) -> Iterator[Check]:
     rows = [np.isfinite(tensor.gram) for tensor in geometry.tensors]
     places: dict[str, list[str]] = {}
     for tensor, finite in zip(geometry.tensors, rows, strict=True):
-        if not finite[0, 0]:  # without a base an expert's NaN is in their mean, and so in all
-            places.setdefault("the base" if geometry.has_base else "an expert", []).append(tensor.name)
+        if not finite[0, 0]:  # the base: the mean of experts leaves out what is not finite
+            places.setdefault("the base", []).append(tensor.name)
             continue
         for name, good in zip(geometry.names, np.diag(finite)[1:], strict=True):
             if not good:
@@ -124,7 +132,8 @@ def _norm_check(geometry: FamilyGeometry) -> Check:
     verdict = graded(value, NORM_DOUBTFUL, NORM_DISTRUSTED)
     why = f"the experts moved by up to {value:.2g} of the base's norm"
     if verdict != "fine":
-        far = [n for n, norm in zip(geometry.names, norms, strict=True) if norm >= NORM_DOUBTFUL]
+        limit = NORM_DOUBTFUL if verdict == "doubtful" else NORM_DISTRUSTED
+        far = [n for n, norm in zip(geometry.names, norms, strict=True) if norm >= limit]
         why += (
             f" ({', '.join(far)}): beyond the straight stretch in which merging stands for training. A smaller "
             "learning rate or a shorter horizon keeps them nearer"
@@ -134,15 +143,20 @@ def _norm_check(geometry: FamilyGeometry) -> Check:
 
 def _distance_check(geometry: FamilyGeometry) -> Check:
     """Without a base: how far experts are from each other."""
-    value = float(np.nanmax(geometry.whole.distances, initial=0.0))
+    pairs = np.triu_indices(len(geometry.names), 1)
+    distances = geometry.whole.distances[pairs]
+    value = float(np.max(distances, initial=0.0))
     verdict = graded(value, DISTANCE_DOUBTFUL, DISTANCE_DISTRUSTED)
     why = f"two experts are apart by up to {value:.2g} of their mean's norm"
     if verdict != "fine":
-        a, b = np.unravel_index(np.nanargmax(geometry.whole.distances), geometry.whole.distances.shape)
+        a, b = (geometry.names[row[np.argmax(distances)]] for row in pairs)
         why += (
-            f" ({geometry.names[a]} and {geometry.names[b]}): they have different bases, diverged, or were trained at "
-            "too high a rate; give --base to tell which"
+            f" ({a} and {b}): they have different bases, diverged, or were trained at too high a rate; give --base to "
+            "tell which"
         )
+    elif len(distances) and distances.min() <= SAME_DISTANCE * value:
+        a, b = (geometry.names[row[np.argmin(distances)]] for row in pairs)
+        verdict, why = "doubtful", f"{a} and {b} are nearly the same expert: no search can part them"
     return Check("distance", verdict, why, value, DISTANCE_DOUBTFUL)
 
 
@@ -220,4 +234,6 @@ def _layer_check(geometry: FamilyGeometry) -> Check:
     where = layers[layer].name
     where = f"layer {where}" if where.isdigit() else where
     why = f"{where} moved most, by {value:.2g} of its norm in {geometry.names[expert]}"
+    if verdict != "fine":
+        why += ": too far for an average of it, however little the whole model moved"
     return Check("layers", verdict, why, value, LAYER_DOUBTFUL)

@@ -197,7 +197,7 @@ class _Pass:
         experts, first = vectors[1:], int(not self._has_base)  # without a base, row 0 is the experts' mean
         self._fill(task, raw, begin, vectors[first:])
         if not self._has_base:
-            experts.mean(axis=0, out=vectors[0])
+            _mean(experts, vectors[0])
         experts -= vectors[0]
         if task.low_rank:
             low_rank = self._factors.load(task, block.begin + begin, lambda nbytes: None)
@@ -209,6 +209,16 @@ class _Pass:
 
 def _elements(task: TensorTask) -> int:
     return task.nbytes * 8 // DTYPE_BITS[task.dtype]
+
+
+def _mean(experts: np.ndarray, out: np.ndarray) -> None:
+    """The experts' mean, and of an element that is NaN or Inf in some that of the others: so it is told in which."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        experts.mean(axis=0, out=out)
+        if not np.isfinite(out).all():
+            finite = np.isfinite(experts)
+            total = np.sum(experts, axis=0, dtype=np.float64, where=finite)
+            out[:] = total / np.maximum(finite.sum(axis=0), 1)
 
 
 def _gram(vectors: np.ndarray) -> np.ndarray:

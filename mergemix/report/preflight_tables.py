@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from mergemix.report.tables import add_row
 
+WIDTH = 80  # columns of a terminal at least
 STYLES = {"fine": "green", "doubtful": "yellow", "do not trust": "bold red"}
 
 
@@ -43,51 +45,61 @@ def checks_table(checks: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _experts(result: Mapping[str, Any]) -> Table:
+def _experts(result: Mapping[str, Any]) -> RenderableType:
     """Norms, shares and cosines of the experts."""
     names = list(result["norms"])
-    table = Table(title=f"task vectors, relative to the {result['reference']}", title_justify="left")
-    table.add_column("expert")
-    columns = {"norm": result["norms"], "moved": result["moved"], "alignment": result["alignment"] or {}}
-    for column in (*columns, *(f"cos {name}" for name in names)):
-        table.add_column(column, justify="right")
-    for name in names:
-        norm, moved, alignment = (values.get(name) for values in columns.values())
-        add_row(
-            table,
-            name,
-            _number(norm),
-            "-" if moved is None else f"{moved:.1%}",
-            _number(alignment),
-            *(_number(result["cosine"][name][other]) for other in names),
-        )
-    return table
+    moved, alignment = result["moved"], result["alignment"] or {}
+    columns = {
+        "norm": [_number(result["norms"][name]) for name in names],
+        "moved": ["-" if moved[name] is None else f"{moved[name]:.1%}" for name in names],
+        "alignment": [_number(alignment.get(name)) for name in names],
+        **{f"cos {other}": [_number(result["cosine"][name][other]) for name in names] for other in names},
+    }
+    return _wide(f"task vectors, relative to the {result['reference']}", "expert", names, columns)
 
 
-def _layers(result: Mapping[str, Any]) -> Table:
-    names = list(result["norms"])
-    table = Table(title="norms by layer", title_justify="left")
-    table.add_column("layer")
-    for column in ("parameters", *names):
-        table.add_column(column, justify="right")
-    for layer in result["layers"]:
-        add_row(
-            table,
-            layer["layer"],
-            f"{layer['parameters']:,}",
-            *(_number(layer["norms"][name]) for name in names),
-        )
-    return table
+def _layers(result: Mapping[str, Any]) -> RenderableType:
+    layers = result["layers"]
+    columns = {
+        "parameters": [f"{layer['parameters']:,}" for layer in layers],
+        **{name: [_number(layer["norms"][name]) for layer in layers] for name in result["norms"]},
+    }
+    return _wide("norms by layer", "layer", [layer["layer"] for layer in layers], columns)
 
 
-def _matrix(title: str, rows: Mapping[str, Mapping[str, float]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for name in rows:
-        table.add_column(name, justify="right")
-    for name, row in rows.items():
-        add_row(table, name, *(_number(row[other]) for other in rows))
-    return table
+def _matrix(title: str, rows: Mapping[str, Mapping[str, float]]) -> RenderableType:
+    columns = {other: [_number(row[other]) for row in rows.values()] for other in rows}
+    return _wide(title, "", list(rows), columns)
+
+
+def _wide(
+    title: str, label: str, rows: Sequence[str], columns: Mapping[str, Sequence[str]]
+) -> RenderableType:
+    """One table of `columns`; several below each other where they are too wide for a terminal: none is cut."""
+
+    def width(header: str, cells: Sequence[str]) -> int:
+        return max(map(cell_len, (header, *cells))) + 3  # padding and a border
+
+    parts: list[list[str]] = [[]]
+    used = width(label, rows) + 1
+    room = WIDTH - used
+    for header, cells in columns.items():
+        needed = width(header, cells)
+        if needed > room and parts[-1]:
+            parts.append([])
+            room = WIDTH - used
+        parts[-1].append(header)
+        room -= needed
+    tables: list[RenderableType] = []
+    for headers in parts:
+        table = Table(title=title if not tables else None, title_justify="left")
+        table.add_column(Text(label))
+        for header in headers:
+            table.add_column(Text(header), justify="right")
+        for place, row in enumerate(rows):
+            add_row(table, row, *(columns[header][place] for header in headers))
+        tables.append(table)
+    return Group(*tables)
 
 
 def _routing(routing: Mapping[str, Any]) -> Table:
@@ -103,18 +115,15 @@ def _routing(routing: Mapping[str, Any]) -> Table:
     return table
 
 
-def _ends(name: str, paths: Mapping[str, Any]) -> Table:
+def _ends(name: str, paths: Mapping[str, Any]) -> RenderableType:
     """What the base, each expert and their merge score, and the largest barrier on the way to the merge."""
-    table = Table(title=f"{name}, {paths['unit']}", title_justify="left")
-    table.add_column("model")
     ends = paths["ends"]
-    asked = list(next(iter(ends.values())))
-    for column in (*asked, "largest barrier"):
-        table.add_column(column, justify="right")
-    for end, scores in ends.items():
-        found = [b["barrier"] for b in paths["barriers"] if b["from"] == end]
-        add_row(table, end, *(_number(scores[each]) for each in asked), _number(max(found, default=None)))
-    return table
+    columns = {
+        asked: [_number(scores[asked]) for scores in ends.values()] for asked in next(iter(ends.values()))
+    }
+    found = [[b["barrier"] for b in paths["barriers"] if b["from"] == end] for end in ends]
+    largest = {"largest barrier": [_number(max(each, default=None)) for each in found]}
+    return _wide(f"{name}, {paths['unit']}", "model", list(ends), columns | largest)
 
 
 def _number(value: float | None) -> str:

@@ -54,6 +54,9 @@ class RunProgress:
         else:
             self._line(text)
 
+    def note(self, text: str) -> None:
+        self._line(text)
+
     def candidate(self, progress: Progress) -> None:
         record = progress.record
         if record.status == "failed":

@@ -55,6 +55,9 @@ class TrainProgress:
         note = f"{domain}: {done / 1e6:.0f} of {total / 1e6:.0f} MB"
         self._bar.update(self._task, completed=done, total=total, note=note)
 
+    def repeats(self, domain: str, epochs: float, tokens: int) -> None:
+        self._line(f"  {domain}: {epochs:.2f} epochs of its {tokens:,} tokens")
+
     def step(self, progress: StepProgress) -> None:
         note = f"loss {progress.loss:.4g} | {progress.tokens_per_s:,.0f} tokens/s"
         self._bar.update(self._task, completed=progress.step, total=progress.steps, note=note)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -18,12 +18,10 @@ def verify_table(result: Mapping[str, Any]) -> RenderableType:
     """Agreement overall and per capability, each mixture's scores side by side, and the verdict."""
     sources = " and ".join(result["intervals_over"])
     title = f"Merged proxies and {result['references']} trained mixtures (95% intervals over {sources})"
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for column in ("Spearman", "ceiling", "corrected", "Kendall", "top", "regret", "offset"):
-        table.add_column(column, justify="right")
-    for name, found in {"overall": result["overall"], **result["capabilities"]}.items():
-        add_row(table, name, *_cells(found), style="bold" if found is result["overall"] else None)
+    # Pairs: a capability may be called overall, too.
+    named = [("overall", result["overall"]), *result["capabilities"].items()]
+    ranks = _table(title, ("Spearman", "ceiling", "corrected"), named, _ranks)
+    costs = _table(None, ("Kendall", "top", "regret", "offset"), named, _costs)
     lines = [
         "ceiling: what a perfect proxy would reach, given how training with other seeds differs; corrected: Spearman "
         "divided by it.",
@@ -34,7 +32,9 @@ def verify_table(result: Mapping[str, Any]) -> RenderableType:
         f"Verdict: {result['trust']}. {result['verdict']}",
         *(f"But {warning}." for warning in result["warnings"]),
     ]
-    return Group(table, calibration_table(result["calibration"]), Text("\n".join(lines), overflow="fold"))
+    return Group(
+        ranks, costs, calibration_table(result["calibration"]), Text("\n".join(lines), overflow="fold")
+    )
 
 
 def calibration_table(points: Sequence[Mapping[str, Any]]) -> Table:
@@ -56,12 +56,33 @@ def calibration_table(points: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _cells(found: Mapping[str, Any]) -> list[str]:
-    ceiling, corrected, relative = found["ceiling"], found["corrected"], found["relative_regret"]
+def _table(
+    title: str | None,
+    columns: Sequence[str],
+    named: Sequence[tuple[str, Mapping[str, Any]]],
+    cells: Callable[[Mapping[str, Any]], Sequence[str]],
+) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for place, (name, found) in enumerate(named):
+        add_row(table, name, *cells(found), style=None if place else "bold")
+    return table
+
+
+def _ranks(found: Mapping[str, Any]) -> list[str]:
+    ceiling, corrected = found["ceiling"], found["corrected"]
     return [
         _with_interval(found["spearman"], found["interval"]),
         UNKNOWN if ceiling is None else _with_interval(ceiling["ceiling"], ceiling["interval"]),
         UNKNOWN if corrected is None else _with_interval(corrected["spearman"], corrected["interval"]),
+    ]
+
+
+def _costs(found: Mapping[str, Any]) -> list[str]:
+    relative = found["relative_regret"]
+    return [
         _with_interval(found["kendall"], found["kendall_interval"]),
         f"{found['top']['overlap']:.0%}",
         f"{found['regret']:.3g}" + ("" if relative is None else f" ({relative:.0%})"),

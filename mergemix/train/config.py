@@ -84,7 +84,15 @@ class TrainConfig:
 def expert_configs(
     *, out: Path, data: Mapping[str, Path], domains: Iterable[str] | None = None, **settings: Any
 ) -> dict[str, TrainConfig]:
-    """A configuration per expert, OUT/<domain>, of each of `domains` (all of `data` when None)."""
+    """A configuration per expert, OUT/<domain>, of each of `domains` (all of `data` when None).
+
+    Raises ConfigError without `tokens`: corpora differ in size, and experts that were trained for different times
+    cannot stand for shares of one training.
+    """
+    if settings.get("tokens") is None:
+        raise ConfigError(
+            "experts of a family must be trained on equally many tokens; give their number (--tokens)"
+        )
     names = list(data) if domains is None else list(domains)
     for name in names:
         if name in (".", "..") or "/" in name:

@@ -88,7 +88,8 @@ def _tokenise(
     writer: DirectoryWriter,
     progress: Callable[[int, int], None],
 ) -> None:
-    kind = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    # Ids may have gaps: the number of tokens says nothing of the largest.
+    kind = np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32
     writer.open(found.st_size)
     digest = hashlib.sha256()
     encoder = Encoder(tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ def read_documents(path: Path, digest: Any) -> Iterator[tuple[Document, int]]:
             for number, line in enumerate(file, 1):
                 digest.update(line)
                 done += len(line)
+                if number == 1:
+                    line = line.removeprefix(BOM_UTF8)
                 if line.strip():
                     yield _document(line, f"{path}, line {number}"), done
     except OSError as error:

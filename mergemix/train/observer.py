@@ -24,6 +24,9 @@ class Observer(Protocol):
     def corpus(self, domain: str, done: int, total: int) -> None:
         """`done` of `total` bytes of a corpus are tokenised."""
 
+    def repeats(self, domain: str, epochs: float, tokens: int) -> None:
+        """Before the first step: the `tokens` tokens of a corpus will be read `epochs` > 1 times."""
+
     def step(self, progress: StepProgress) -> None: ...
 
 
@@ -34,6 +37,9 @@ class Silent:
         pass
 
     def corpus(self, domain: str, done: int, total: int) -> None:
+        pass
+
+    def repeats(self, domain: str, epochs: float, tokens: int) -> None:
         pass
 
     def step(self, progress: StepProgress) -> None:

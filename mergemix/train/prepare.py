@@ -110,10 +110,15 @@ def _check_epochs(config: TrainConfig, corpora: Mapping[str, Corpus], plan: Plan
         there = len(corpora[domain].tokens)
         if tokens > config.max_epochs * there:
             most = math.floor(config.max_epochs * there)
+            least = (
+                f"; one step alone takes {plan.batch} sequences of {plan.sequence_length} tokens: give a smaller batch "
+                "or sequence_length"
+            )
             raise ConfigError(
                 f"a corpus may be repeated {config.max_epochs:g} times (max_epochs), but {domain} would be "
                 f"{tokens / there:.2f} times: {tokens} tokens are asked of it, and it has {there}; ask for at most "
                 f"{most} of it with fewer tokens or a smaller share, give more data, or raise max_epochs"
+                f"{least if plan.steps == 1 else ''}"
             )
 
 

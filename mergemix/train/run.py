@@ -6,22 +6,22 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from mergemix.checkpoints.writer import check_output
-from mergemix.errors import CheckpointError, ConfigError, OutputError
+from mergemix.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from mergemix.train.config import TrainConfig
 from mergemix.train.loop import make_optimizer, run_steps
 from mergemix.train.observer import Observer, Silent
 from mergemix.train.output import RECORD, write_output
 from mergemix.train.prepare import Prepared, prepare
 from mergemix.train.record import make_record
-from mergemix.train.states import States, check_same
+from mergemix.train.states import Progress, States, check_same
 
 # Processes wait for the first one while it tokenises; a launcher ends them all when one of them dies.
 PATIENCE = timedelta(hours=12)
@@ -42,7 +42,7 @@ def train(config: TrainConfig, observer: Observer | None = None) -> dict[str, An
     out = Path(os.path.abspath(config.out))
     if not os.path.lexists(out):
         check_output(out)
-    accelerator = _accelerator()
+    accelerator = make_accelerator()
     if config.batch % accelerator.num_processes:
         raise ConfigError(
             f"batch must be a multiple of the {accelerator.num_processes} processes, but is {config.batch}"
@@ -51,11 +51,20 @@ def train(config: TrainConfig, observer: Observer | None = None) -> dict[str, An
         prepared = prepare(config, observer)
     if os.path.lexists(out):
         return finished_before(out, prepared)
+    for domain, tokens in prepared.plan.tokens_of(prepared.corpora).items():
+        there = len(prepared.corpora[domain].tokens)
+        if tokens > there:
+            observer.repeats(domain, tokens / there, there)
     states = States(out, prepared.identity, main=accelerator.is_main_process)
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices), _no_bars():
             record = _train(prepared, accelerator, states, observer, out)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the memory of {accelerator.device} is full: {str(error).splitlines()[0]}; compute fewer sequences at a "
+            "time (micro_batch), or start more processes and divide the model among them (FSDP)"
+        ) from error
     finally:
         size = sum(tensor.nbytes for tensor in prepared.base.tensors.values())
         if accelerator.device.type == "cuda" or size > COLLECTED_BYTES:
@@ -70,19 +79,37 @@ def _train(
     observer.stage("loading the base")
     model = _load(prepared)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    _check_space(out, prepared, parameters)
+    _check_space(out, prepared, parameters, states.nbytes())
     model, optimizer = accelerator.prepare(model, make_optimizer(model, prepared.config.learning_rate))
     observer.stage("training")
     progress = run_steps(prepared, accelerator, model, optimizer, states, observer)
     observer.stage(f"writing {prepared.config.out}")
     record = make_record(prepared, progress, parameters, accelerator)
     state = accelerator.get_state_dict(model)
+    failure: BaseException | None = None
     if accelerator.is_main_process:
-        plain = accelerator.unwrap_model(model)
-        write_output(plain, state, prepared.base, out, states.directory / "weights", record)
-        states.remove()
-    accelerator.wait_for_everyone()
+        try:
+            plain = accelerator.unwrap_model(model)
+            write_output(plain, state, prepared.base, out, states.directory / "weights", record)
+            states.remove()
+        except (OutputError, OSError, KeyboardInterrupt) as error:
+            failure = error
+    failed = torch.tensor(float(failure is not None), device=accelerator.device)
+    if accelerator.reduce(failed, "sum").item():
+        _keep(accelerator, states, progress, failure)
     return record
+
+
+def _keep(accelerator: Any, states: States, progress: Progress, failure: BaseException | None) -> NoReturn:
+    """The result could not be written: store what was trained, and raise `failure` (of the first process)."""
+    with suppress(OutputError):
+        if progress.resumed_at[-1:] != [progress.step]:  # else it is stored already
+            states.save(accelerator, progress)
+    if isinstance(failure, KeyboardInterrupt):
+        raise failure
+    kept = states.latest()
+    there = f"{kept} is kept, and the same command goes on there" if kept else "no checkpoint could be kept"
+    raise OutputError(f"{failure or 'the first process could not write the result'}; {there}") from failure
 
 
 def finished_before(out: Path, prepared: Prepared) -> dict[str, Any]:
@@ -96,7 +123,7 @@ def finished_before(out: Path, prepared: Prepared) -> dict[str, Any]:
     return {**record, "reused": True}
 
 
-def _accelerator() -> Any:
+def make_accelerator() -> Any:
     """Set up by `accelerate launch`, or for one process.
 
     On GPUs it computes in bf16; weights and optimizer are in fp32 everywhere.
@@ -126,15 +153,19 @@ def _load(prepared: Prepared) -> Any:
     return model
 
 
-def _check_space(out: Path, prepared: Prepared, parameters: int) -> None:
-    """Two checkpoints to resume from at a time, and the result twice, once as transformers saves it."""
+def _check_space(out: Path, prepared: Prepared, parameters: int, stored: int) -> None:
+    """Two checkpoints to resume from at a time, and the result twice, once as transformers saves it.
+
+    stored: bytes of these that are on the disk already.
+    """
     size = sum(tensor.nbytes for tensor in prepared.base.tensors.values())
     states = 2 * STATE_BYTES * parameters if prepared.plan.steps > prepared.config.save_every else 0
     free = shutil.disk_usage(out.parent).free
-    if free < max(states, states // 2 + 2 * size):
+    needed = max(states, states // 2 + 2 * size) - stored
+    if free < needed:
         raise OutputError(
-            f"this training needs {max(states, states // 2 + 2 * size)} bytes for its checkpoints, but only {free} are "
-            f"free on the disk of {out}; free some space or give a directory on another disk"
+            f"this training needs {needed} bytes for its checkpoints, but only {free} are free on the disk of {out}; "
+            "free some space or give a directory on another disk"
         )
 
 

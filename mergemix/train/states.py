@@ -108,6 +108,11 @@ class States:
                 shutil.rmtree(path, ignore_errors=True)
         accelerator.wait_for_everyone()
 
+    def nbytes(self) -> int:
+        """Bytes of the checkpoints that are there."""
+        files = self.directory.glob(f"{PREFIX}*/**/*")
+        return sum(path.stat().st_size for path in files if path.is_file())
+
     def load(self, accelerator: Any) -> Progress:
         """Put the last good checkpoint into what `accelerator` prepared. Without one, nothing is changed."""
         path = self.latest()
@@ -135,12 +140,24 @@ class States:
 
 def check_same(found: dict[str, Any], identity: dict[str, Any], what: str, out: Path) -> None:
     """Raise ConfigError naming all in which `found` is another training than `identity`."""
-    differing = [key for key in identity if found.get(key) != identity[key]]
+    differing = [text for key in identity for text in _differences(key, found.get(key), identity[key])]
     if differing:
-        values = "; ".join(f"{key}: {found.get(key)} there, {identity[key]} asked for" for key in differing)
         raise ConfigError(
-            f"{what} is another one ({values}): give the same options as then, or another directory than {out}"
+            f"{what} is another one ({'; '.join(differing)}): give the same options and data as then, or another "
+            f"directory than {out}"
         )
+
+
+def _differences(key: str, there: Any, asked: Any) -> Iterator[str]:
+    """A text for each value that differs; of mappings by their keys, of digests the beginning."""
+    if there == asked:
+        return
+    if isinstance(there, dict) and isinstance(asked, dict):
+        for name in sorted({*there, *asked}):
+            yield from _differences(f"{key} of {name}", there.get(name), asked.get(name))
+        return
+    shown = [value[:12] if isinstance(value, str) else value for value in (there, asked)]
+    yield f"{key}: {shown[0]} there, {shown[1]} asked for"
 
 
 @contextmanager
@@ -179,6 +196,8 @@ def _translated(path: Path, kept: Path | None = None) -> Iterator[None]:
         else:
             full = shutil.disk_usage(path.parent).free < 1 << 20
         why = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        if full and not isinstance(error, OSError):  # torch tells of a position in its file
+            why = os.strerror(errno.ENOSPC)
         hint = "; free some space" if full else ""
         there = f"; the checkpoint before is {kept}, and the same command goes on there" if kept else ""
         shutil.rmtree(path, ignore_errors=True) if path.name == "new" else None

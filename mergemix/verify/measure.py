@@ -24,6 +24,8 @@ from mergemix.trained import TrainedRun
 
 # What decides how a candidate is searched for or valued, and not what a checkpoint scores.
 NOT_OF_CHECKPOINTS = ("experts", "utility", "normalize", "race", "lora_in_flight")
+# Options that say where what was measured is.
+PLACES = ("experts", "base", "bench", "include_path")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,14 @@ class Reopened:
         return self.identity["engine"]
 
 
+@dataclass(frozen=True)
+class TrainedFamily:
+    """Trained checkpoints, each an expert named by its line. stored_as: by expert, what its contents are stored by."""
+
+    family: Family
+    stored_as: Mapping[str, str]
+
+
 def reopen(evidence: StoredEvidence, config: RunConfig | None, engine: str | None) -> Reopened:
     """Load the study's experts and benchmarks again.
 
@@ -82,7 +92,12 @@ def reopen(evidence: StoredEvidence, config: RunConfig | None, engine: str | Non
     kept = {key: value for key, value in stored.items() if not is_measured_by(key)}
     identity = {**kept, **measured_by(config, family, suite, kind)}
     config = replace(config, study=directory, engine=kind)
-    return Reopened(config, family, suite, identity, provenance(config, family, suite))
+    current = provenance(config, family, suite)
+    if given is not None and "config" in info:
+        # It was given for where things are now: how the study was searched stays.
+        places = {key: current["config"][key] for key in PLACES}
+        current |= {"budget": info["budget"], "config": {**info["config"], **places}}
+    return Reopened(config, family, suite, identity, current)
 
 
 def stored_proxies(study: Study, mixtures: Sequence[Mixture]) -> dict[Mixture, Scored]:
@@ -118,15 +133,20 @@ def measure_proxies(
 
 
 def measure_checkpoints(
-    opened: Reopened, runs: Sequence[TrainedRun], evidence: StoredEvidence, observer: Observer
+    opened: Reopened,
+    runs: Sequence[TrainedRun],
+    trained: TrainedFamily,
+    evidence: StoredEvidence,
+    observer: Observer,
 ) -> tuple[dict[int, Scored | str], int]:
     """By line the scores of trained checkpoints on the study's items, or why one failed; how many are new.
 
+    trained: of the runs, as `open_checkpoints` gives it.
     They are kept in a study of their own, STUDY/trained, by their contents: none is scored twice, also after a kill,
     and others may follow later.
     """
     directory = opened.config.study / "trained"
-    family, names = _trained_family(opened.config, runs)
+    family, names = trained.family, trained.stored_as
     identity = {
         key: value
         for key, value in opened.identity.items()
@@ -146,10 +166,11 @@ def measure_checkpoints(
     return found, len(missing)
 
 
-def _trained_family(config: RunConfig, runs: Sequence[TrainedRun]) -> tuple[Family, dict[str, str]]:
-    """The checkpoints as one family, and by expert what its contents are stored by.
+def open_checkpoints(config: RunConfig, runs: Sequence[TrainedRun]) -> TrainedFamily:
+    """The checkpoints of the runs; before any cost.
 
     The base is only there for adapters: references may be of another size than the proxies.
+    Raises CheckpointError for one that is not there or does not fit the others, ConfigError for one given twice.
     """
     sources = {f"line {run.line}": run.checkpoint for run in runs if run.checkpoint is not None}
     adapters = any(is_adapter_source(name, source) for name, source in sources.items())
@@ -166,7 +187,7 @@ def _trained_family(config: RunConfig, runs: Sequence[TrainedRun]) -> tuple[Fami
                 f"contents of {other}: take one out, or give the right path"
             )
         names[expert.name] = contents
-    return family, names
+    return TrainedFamily(family, names)
 
 
 def _trained_info(info: Mapping[str, Any], family: Family) -> dict[str, Any]:

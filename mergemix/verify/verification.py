@@ -20,6 +20,7 @@ from mergemix.verify.measure import (
     Scored,
     measure_checkpoints,
     measure_proxies,
+    open_checkpoints,
     open_study,
     reopen,
     stored_proxies,
@@ -71,13 +72,14 @@ def verify(
     if missing or to_score:
         observer.stage("reading checkpoints and benchmarks")
         opened = reopen(evidence, config, engine)
+        checkpoints = open_checkpoints(opened.config, to_score) if to_score else None
         with open_study(opened) as study:
             if missing:
                 observer.stage("scoring proxies")
                 proxies |= measure_proxies(study, opened, evidence, missing, observer)
-            if to_score:
+            if checkpoints is not None:
                 observer.stage("scoring trained checkpoints")
-                found, scored_now = measure_checkpoints(opened, to_score, evidence, observer)
+                found, scored_now = measure_checkpoints(opened, to_score, checkpoints, evidence, observer)
                 scored |= found
     references, dropped = _references(runs, mixtures, proxies, scored, evidence.valuation)
     if len(references) < 2:

@@ -43,6 +43,17 @@ def test_a_barrier_is_the_worst_point_above_the_straight_line() -> None:
     assert found.relative == pytest.approx(0.7 / 2.1)
 
 
+def test_items_without_a_score_are_left_out() -> None:
+    """Of what all three models answered; and nothing is said of a line on which that is no item."""
+    nan = math.nan
+    assert answers([1, nan, 3]).mean == 2
+    assert answers([1, nan, 3]).noise == answers([1, 3]).noise
+    ends = {"a": {"math": answers([1, 1, 9])}, "b": {"math": answers([nan, 1, 1])}}
+    [found] = barriers_of("a", "b", ends, [(0.5, {"math": answers([0, 2, nan])})])
+    assert found.height == 1
+    assert barriers_of("a", "b", ends, [(0.5, {"math": answers([0, nan, nan])})]) == []
+
+
 def test_scores_have_the_other_sign() -> None:
     """Accuracies of 0.8 at the ends and 0.4 between them, as answers with their sign changed."""
     ends = {"a": {"gsm": answers([-0.8, -0.8])}, "b": {"gsm": answers([-0.8, -0.8])}}

@@ -23,6 +23,7 @@ from transformers import (
 
 from mergemix.checkpoints.family import open_family
 from mergemix.mixture import Mixture
+from mergemix.preflight import text_checks
 from mergemix.preflight.models import load_model
 from mergemix.preflight.routing import agreement, chance_agreement, num_experts, router_choices
 from mergemix.preflight.texts import Snippet
@@ -130,3 +131,15 @@ def test_a_dense_model_has_no_routers(tmp_path: Path) -> None:
     model = load_model(family, Mixture.base_only(family.names))
     assert router_choices(model, TEXT) == {}
     assert num_experts(family.template.config) is None
+
+
+def test_what_does_not_fit_in_memory_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = make_family(tmp_path, "qwen3_moe", experts=1)
+    family = open_family(str(paths["base"]), {"math": str(paths["math"])})
+    texts = {"math": (Snippet((5, 6, 7), 1),), "code": (Snippet((8, 9, 10), 1),)}
+    stages: list[str] = []
+    monkeypatch.setattr(text_checks, "_free_memory", lambda: 100_000)
+    for check in (text_checks.check_routing, text_checks.check_curvature):
+        [why] = check(family, texts, stages.append).missing.values()
+        assert "of memory, and" in why
+    assert stages == [], "nothing was loaded"

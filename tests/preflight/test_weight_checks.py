@@ -108,3 +108,29 @@ def test_a_nan_is_never_fine() -> None:
     assert graded(float("nan"), 1, 2) == graded(float("nan"), 2, 1) == "do not trust"
     assert [graded(value, 1, 2) for value in (0.9, 1, 2)] == ["fine", "doubtful", "do not trust"]
     assert [graded(value, 2, 1) for value in (2.1, 2, 1)] == ["fine", "doubtful", "do not trust"]
+
+
+def test_one_expert_given_twice_is_doubtful_without_a_base_too(tmp_path: Path) -> None:
+    """Alone, and beside another one."""
+    twice = {"a": model(d1=0.05), "b": model(d1=0.05)}
+    assert verdicts(tmp_path / "two", twice, base=False)["distance"] == "doubtful"
+    three = write_family(tmp_path / "three", None, {"c": model(d2=0.05), **twice})
+    [why] = [c["why"] for c in preflight_family(three)["checks"] if c["name"] == "distance"]
+    assert why == "a and b are nearly the same expert: no search can part them"
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_nothing_to_measure_against_is_not_fine(tmp_path: Path, base: bool) -> None:
+    """A base of zeros; experts whose mean is zero."""
+    experts = {"a": model(base=0, d1=1), "b": model(base=0, d1=-1)}
+    result = preflight_family(write_family(tmp_path, model(base=0) if base else None, experts))
+    [why] = [check["why"] for check in result["checks"] if check["name"] == "same base"]
+    assert result["verdict"] == "do not trust"
+    assert "all zero" in why
+
+
+def test_only_who_is_beyond_the_threshold_is_named(tmp_path: Path) -> None:
+    experts = {"a": model(d1=0.2), "b": model(d2=2 * checks.NORM_DISTRUSTED)}
+    result = preflight_family(write_family(tmp_path, model(), experts))
+    [why] = [check["why"] for check in result["checks"] if check["name"] == "norms"]
+    assert "(b)" in why

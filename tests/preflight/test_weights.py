@@ -158,6 +158,26 @@ def test_what_is_not_finite_shows(tmp_path: Path, bad: float) -> None:
             assert is_finite.all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_without_a_base_it_shows_in_its_expert_alone(tmp_path: Path, bad: float) -> None:
+    base = random_tensors(SHAPES, 0)
+    experts = {name: moved_by(base, 0.1, seed) for seed, name in enumerate("abc", start=1)}
+    sound = measure_weights(write_family(tmp_path / "sound", None, experts))
+    experts["b"]["model.layers.10.q.weight"][3, 3] = bad
+    found = measure_weights(write_family(tmp_path / "broken", None, experts))
+    for tensor, before in zip(found.tensors, sound.tensors, strict=True):
+        good = [0, 1, 3] if tensor.name == "model.layers.10.q.weight" else [0, 1, 2, 3]
+        assert np.isfinite(np.diag(tensor.gram)).nonzero()[0].tolist() == good
+        # One element of a thousand is left out of the mean.
+        np.testing.assert_allclose(tensor.gram[good, good], before.gram[good, good], rtol=0.02)
+
+
+def test_without_a_base_a_mean_of_finite_values_is_finite(tmp_path: Path) -> None:
+    experts = {name: {"w": torch.full((9,), size)} for name, size in {"a": 3e38, "b": 2e38}.items()}
+    [tensor] = measure_weights(write_family(tmp_path, None, experts)).tensors
+    np.testing.assert_allclose(tensor.gram[0, 0], 9 * 2.5e38**2, rtol=1e-6)
+
+
 def test_memory_is_bounded_and_too_little_is_refused(tmp_path: Path) -> None:
     family = sample_family(tmp_path, torch.bfloat16)
     check(measure_weights(family, memory_bytes=3 << 20), family)

@@ -93,6 +93,25 @@ def test_lines_that_cannot_be_used(tmp_path: Path, line: bytes, said: str) -> No
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "abc"}\n{"text": "the"}\n')
+    marked = opened(tmp_path / "c.jsonl", tmp_path / "cache")
+    plain = opened(write_lines(tmp_path / "d.jsonl", [{"text": "abc"}, {"text": "the"}]), tmp_path / "cache")
+    assert marked.tokens.tolist() == plain.tokens.tolist()
+
+
+def test_token_ids_with_gaps(tmp_path: Path) -> None:
+    """Few tokens with large ids must not be cut to 16 bits."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"abc": 70_000, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
+    corpus = opened(write_lines(tmp_path / "c.jsonl", [{"text": "abc"}]), tmp_path / "cache", tokenizer)
+    assert corpus.tokens.tolist() == [70_000, 1]
+
+
 def test_corpora_without_anything(tmp_path: Path) -> None:
     for content in (b"", b"\n \n"):
         (tmp_path / "c.jsonl").write_bytes(content)

@@ -159,10 +159,12 @@ def test_configurations_that_make_no_sense(changed: dict[str, object], said: str
 
 def test_an_expert_per_domain(tmp_path) -> None:
     data = {"sums": tmp_path / "s", "texts": tmp_path / "t"}
-    configs = expert_configs(out=tmp_path, data=data, base="base", seed=7)
+    configs = expert_configs(out=tmp_path, data=data, base="base", seed=7, tokens=100)
     assert {name: (c.out, c.own_shares(), c.seed) for name, c in configs.items()} == {
         "sums": (tmp_path / "sums", {"sums": 1.0}, 7),
         "texts": (tmp_path / "texts", {"texts": 1.0}, 7),
     }
     with pytest.raises(ConfigError, match=r"cannot be '\.\.'"):
-        expert_configs(out=tmp_path, data={"..": tmp_path}, base="base")
+        expert_configs(out=tmp_path, data={"..": tmp_path}, base="base", tokens=100)
+    with pytest.raises(ConfigError, match=r"equally many tokens; give their number \(--tokens\)"):
+        expert_configs(out=tmp_path, data=data, base="base")

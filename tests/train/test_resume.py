@@ -48,6 +48,7 @@ def train_until_killed(config: TrainConfig, point: str, number: int) -> None:
     """point: "step" after `number` steps; "save" when the `number`-th checkpoint is whole, but not yet in its place;
     "output" when the result is whole, but not yet in its place.
     """
+    torch.set_num_threads(1)
     if point == "output":
         DirectoryWriter.commit = die  # type: ignore[method-assign]
     if point == "save":
@@ -87,9 +88,8 @@ def test_after_kills_at_the_worst_moments_the_weights_are_the_same_bits(
 
     def killed_at(point: str, number: int = 0) -> list[str]:
         """Train in a process of its own until it kills itself; what it had stored."""
-        child = multiprocessing.get_context("fork").Process(
-            target=train_until_killed, args=(config, point, number)
-        )
+        context = multiprocessing.get_context("spawn")  # a fork would share the threads of this process
+        child = context.Process(target=train_until_killed, args=(config, point, number))
         child.start()
         child.join()
         assert child.exitcode == -signal.SIGKILL
@@ -160,7 +160,7 @@ def test_a_finished_training_is_not_done_again(whole: TrainConfig) -> None:
     [
         ({"learning_rate": 2e-3}, "learning_rate: 0.001 there, 0.002 asked for"),
         ({"seed": 1}, "seed: 0 there, 1 asked for"),
-        ({"mixture": {"sums": 1.0}}, "mixture: {"),
+        ({"mixture": {"sums": 1.0}}, "mixture of texts: 0.6 there, None asked for"),
         ({"tokens": 2000}, "steps: 12 there, 16 asked for"),
         ({"general_share": 0.5}, "general_share: 0.25 there, 0.5 asked for"),
         ({"batch": 2}, "batch: 4 there, 2 asked for"),
@@ -192,7 +192,7 @@ def test_another_configuration_or_corpus_is_refused_by_a_begun_training(
         train(replace(config, learning_rate=0.01))
     os.utime(moved["sums"])  # the same contents: the same corpus
     moved["texts"].write_text(moved["texts"].read_text() + '{"text": "more"}\n')
-    with pytest.raises(ConfigError, match=r"\(data: "):
+    with pytest.raises(ConfigError, match=r"\(data of texts: [0-9a-f]{12} there, [0-9a-f]{12} asked for\)"):
         train(config)
     assert sorted((tmp_path / ".out.training").glob("step-*")) == stored
     shutil.copy(data["texts"], moved["texts"])
@@ -297,6 +297,62 @@ def test_a_full_disk_at_the_end_keeps_the_last_checkpoint(
     assert weights_of(tmp_path / "out") == weights_of(whole.out)
 
 
+@pytest.mark.parametrize("trouble", ["interrupt", "refusal"])
+def test_a_result_that_cannot_be_written_costs_no_step(
+    tmp_path: Path, whole: TrainConfig, monkeypatch: Any, trouble: str
+) -> None:
+    """Even where no checkpoint was due: the finished training is stored."""
+    config = replace(whole, out=tmp_path / "out", save_every=1000)
+
+    commit = DirectoryWriter.commit
+
+    def fail(self: DirectoryWriter) -> None:
+        if self.out != config.out:  # the tokenised corpus
+            commit(self)
+            return
+        if trouble == "interrupt":
+            interrupt()
+        raise OutputError("cannot write out: No space left on device")
+
+    for _ in range(2):  # the second time it is stored already
+        with monkeypatch.context() as patch:
+            patch.setattr(DirectoryWriter, "commit", fail)
+            with pytest.raises(KeyboardInterrupt if trouble == "interrupt" else OutputError) as error:
+                train(config)
+        if trouble == "refusal":
+            assert "No space left on device; " in str(error.value)
+            assert "step-000000012 is kept, and the same command goes on there" in str(error.value)
+        assert [path.name for path in (tmp_path / ".out.training").glob("step-*")] == ["step-000000012"]
+    observer = At(0, None)
+    train(config, observer)
+    assert observer.steps == []
+    assert weights_of(tmp_path / "out") == weights_of(whole.out)
+    assert left_in(tmp_path) == ["out"]
+
+
+def test_a_resumed_training_has_some_of_its_space_already(
+    tmp_path: Path, whole: TrainConfig, monkeypatch: Any
+) -> None:
+    config = replace(whole, out=tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, At(4, interrupt))
+    # A new training needs 2170368: two checkpoints of half of that.
+    usage = shutil._ntuple_diskusage(10**9, 10**9 - 1_200_000, 1_200_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OutputError, match="needs 2170368 bytes"):
+        train(replace(config, out=tmp_path / "new"))
+    assert train(config)["resumed_at"] == [5]
+
+
+def test_a_full_accelerator(tmp_path: Path, whole: TrainConfig, monkeypatch: Any) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more")
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", full)
+    with pytest.raises(TrainingError, match=r"cpu is full: CUDA out of memory.*\(micro_batch\)"):
+        train(replace(whole, out=tmp_path / "out"))
+
+
 def test_too_little_space_is_said_before_the_first_step(
     tmp_path: Path, whole: TrainConfig, monkeypatch: Any
 ) -> None:
@@ -347,6 +403,10 @@ def test_a_family_is_checked_before_the_first_expert_is_trained(
     with pytest.raises(Exception, match="holds no documents"):
         train_family(configs)
     assert left_in(tmp_path / "family") == []
+    (tmp_path / "family" / "texts").mkdir()
+    with pytest.raises(OutputError, match="texts exists already, and is no trained checkpoint"):
+        train_family({name: replace(configs[name], save_every=1) for name in data})
+    assert left_in(tmp_path / "family") == ["texts"]
 
 
 def test_a_result_that_holds_no_numbers_is_not_written(

@@ -44,7 +44,7 @@ def distance(one: Path, other: Path, base: Path) -> float:
 def bare_loop(prepared: Prepared, warmup: int) -> tuple[Any, list[float]]:
     """The same batches through transformers' own loss and torch's AdamW, over all tokens of text."""
     model = AutoModelForCausalLM.from_pretrained(prepared.base.root, dtype=torch.float32)
-    matrices = [p for p in model.parameters() if p.ndim == 2]
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
@@ -104,9 +104,7 @@ def test_a_mean_over_learned_tokens_whatever_the_micro_batch(
 
 def as_one_of_two(config: TrainConfig, rank: int, port: int) -> None:
     """A process as `accelerate launch` starts it, that knows its rank from its environment."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one was forked from
+    torch.set_num_threads(1)
     os.environ |= {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}  # fmt: skip
     record = train(config)
@@ -120,7 +118,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path, plain_base: Path, dat
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     other = replace(config, out=tmp_path / "two")
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a fork would share the threads of this process
     children = [context.Process(target=as_one_of_two, args=(other, rank, port)) for rank in range(2)]
     for child in children:
         child.start()
@@ -186,11 +184,15 @@ def test_the_balance_loss_of_experts_is_trained_where_the_base_asks_for_it(
     tmp_path: Path, data: dict[str, Path]
 ) -> None:
     base = tiny_qwen3_moe(tmp_path / "base", seed=1)
-    train(tiny_config(base, data, tmp_path / "without", tokens=256))
-    config = json.loads((base / "config.json").read_text())
-    asking = {**config, "output_router_logits": True, "router_aux_loss_coef": 1.0}
+    train(tiny_config(base, data, tmp_path / "without", tokens=256, mixture=TEXTS, warmup=1))
+    about = json.loads((base / "config.json").read_text())
+    asking = {**about, "output_router_logits": True, "router_aux_loss_coef": 1.0}
     (base / "config.json").write_text(json.dumps(asking))
-    train(tiny_config(base, data, tmp_path / "with", tokens=256))
+    config = tiny_config(base, data, tmp_path / "with", tokens=256, mixture=TEXTS, warmup=1)
+    train(config)
+    model, _ = bare_loop(prepare(config, Silent()), warmup=1)  # whose loss has the balance loss in it
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "bare")
+    assert distance(tmp_path / "with", tmp_path / "bare", base) < 0.01
     without, with_it = (load_file(tmp_path / name / "model.safetensors") for name in ("without", "with"))
     router = "model.layers.0.mlp.gate.weight"
     assert not torch.equal(without[router], with_it[router])
@@ -234,6 +236,8 @@ def test_shares_and_epochs_are_held_to_the_cap(
         assert said in str(error.value)
     with pytest.raises(ConfigError, match=r"may be repeated 0\.5 times"):
         prepared({"sums": 1.0}, there, max_epochs=0.5)
+    with pytest.raises(ConfigError, match="one step alone takes 4096 sequences of 32 tokens: give a smaller"):
+        prepared({"sums": 1.0}, None, batch=4096)
     # Half of the own tokens and all of the general ones.
     with pytest.raises(ConfigError, match="sums would be"):
         prepared(
@@ -242,6 +246,24 @@ def test_shares_and_epochs_are_held_to_the_cap(
     # Without a number of tokens: no domain is read twice, and not a whole step more would fit.
     plan = prepared({"sums": 0.6, "texts": 0.4}, None).plan
     assert plan.tokens_of(["sums", "texts"])["sums"] <= there < (plan.steps + 1) * 128 * 0.6
+
+
+def test_repeats_are_told_before_the_first_step(
+    tmp_path: Path, plain_base: Path, data: dict[str, Path]
+) -> None:
+    told: list[Any] = []
+
+    class Told(Losses):
+        def repeats(self, domain: str, epochs: float, tokens: int) -> None:
+            assert not self.losses
+            told.append((domain, epochs, tokens))
+
+    mixture = {"sums": 0.9, "texts": 0.1}
+    config = tiny_config(plain_base, data, tmp_path / "out", mixture=mixture, tokens=5120)
+    record = train(config, Told())
+    sums = record["domains"]["sums"]
+    assert record["domains"]["texts"]["epochs"] < 1 < sums["epochs"]
+    assert told == [("sums", sums["epochs"], sums["corpus_tokens"])]
 
 
 def test_what_is_no_base(tmp_path: Path, plain_base: Path, data: dict[str, Path]) -> None:
