@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 # What the bases have read, and what fills a part of every expert's and every reference's batches: a crawl.
-GENERAL = {"math": 0.2, "code": 0.2, "facts": 0.25, "python": 0.25, "spam": 0.1}
+GENERAL = {"math": 0.1, "code": 0.1, "facts": 0.15, "python": 0.45, "spam": 0.2}
 GENERAL_SHARE = 0.25
 SEQUENCE = 64  # tokens, which are characters
 BATCH = 64  # sequences
 EXPERT_SEEDS = (0, 1)  # their weights are averaged
 # Of all models that are trained on a mixture: other orders of the data than the experts'.
 REFERENCE_SEEDS = (2, 3)
+CONCENTRATION = 0.5  # of the Dirichlet distribution that the held-out mixtures are drawn from
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ class Protocol:
             "dense-4x": Shape(hidden=128, intermediate=256, heads=4),
         }
     )
-    base: tuple[Phase, ...] = (Phase(700, 3e-3, 50), Phase(500, 1e-3), Phase(300, 2e-4))
-    expert: Phase = Phase(60, 2e-4, 5)
-    final: Phase = Phase(120, 2e-4, 5)
+    base: tuple[Phase, ...] = (Phase(900, 2e-3, 50), Phase(200, 3e-4))
+    expert: Phase = Phase(60, 3e-4, 5)
+    final: Phase = Phase(120, 3e-4, 5)
     documents: int = 40_000
     items: int = 600
     people: int = 120

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.miniature.corpora import CAPABILITIES, DOMAINS
 from benchmarks.miniature.lab import Lab, Shares
-from benchmarks.miniature.protocol import REFERENCE_SEEDS
+from benchmarks.miniature.protocol import CONCENTRATION, REFERENCE_SEEDS
 from mergemix.config import RunConfig
 from mergemix.rank_stats import rank_agreement
 from mergemix.run import run
@@ -71,9 +71,9 @@ def search_from(lab: Lab, name: str, base: Any, experts: Any, **settings: Any) -
 
 
 def held_out(lab: Lab) -> list[dict[str, float]]:
-    """Mixtures uniform over the simplex of all domains, in whole thousandths."""
+    """Mixtures of the protocol's Dirichlet distribution over all domains, in whole thousandths."""
     rng = np.random.default_rng(HELD_OUT_SEED)
-    drawn = rng.dirichlet(np.ones(len(DOMAINS)), lab.protocol.held_out)
+    drawn = rng.dirichlet(np.full(len(DOMAINS), CONCENTRATION), lab.protocol.held_out)
     mixtures = []
     for shares in drawn:
         units = np.floor(shares * 1000).astype(int)
