@@ -17,6 +17,7 @@ import yaml
 from benchmarks.miniature.bases import write_random
 from benchmarks.miniature.corpora import CAPABILITIES, DOMAINS, Item, make_corpora
 from benchmarks.miniature.protocol import (
+    AVERAGED,
     BATCH,
     EXPERT_SEEDS,
     GENERAL,
@@ -115,9 +116,13 @@ class Lab:
     def train(
         self, start: Path, shares: Shares, phase: Phase, *, seed: int, purpose: str, general: bool = True
     ) -> Path:
-        """A model trained from `start` on `shares`; where `general`, the protocol's part of it is general data."""
+        """A model trained from `start` on `shares`; where `general`, the protocol's part of it is general data.
+
+        Then it is also the mean of its last weights, as a model that is used is; a base is trained on.
+        """
         shares = {domain: round(float(share), 6) for domain, share in sorted(shares.items()) if share > 0}
-        what = [start.name, shares, phase.steps, phase.learning_rate, phase.warmup, seed, general]
+        average = max(1, round(AVERAGED * phase.steps)) if general else 1
+        what = [start.name, shares, phase.steps, phase.learning_rate, phase.warmup, average, seed, general]
         out = self.models / _digest(what)
         if not out.exists():
             told = ", ".join(f"{domain} {share:.2f}" for domain, share in shares.items())
@@ -133,6 +138,7 @@ class Lab:
                 batch=BATCH,
                 learning_rate=phase.learning_rate,
                 warmup=phase.warmup,
+                average_last=average,
                 general=GENERAL if general else {},
                 general_share=GENERAL_SHARE if general else 0.0,
                 seed=seed,

@@ -13,6 +13,9 @@ GENERAL_SHARE = 0.25
 SEQUENCE = 64  # tokens, which are characters
 BATCH = 64  # sequences
 EXPERT_SEEDS = (0, 1)  # their weights are averaged
+# Of the steps of every model but the bases, the last ones: the model is the mean of its weights after each of them, the
+# paper's way to do without a learning rate that decays.
+AVERAGED = 2 / 3
 # Of all models that are trained on a mixture: other orders of the data than the experts'.
 REFERENCE_SEEDS = (2, 3)
 CONCENTRATION = 0.5  # of the Dirichlet distribution that the held-out mixtures are drawn from

@@ -65,6 +65,10 @@ class Count(click.ParamType):
     "--learning-rate", type=float, default=3e-4, show_default=True, help="Constant after the warm-up."
 )
 @click.option("--warmup", type=Count(), help="In steps. Default: a tenth of them, at most 100.")
+@click.option(
+    "--average-last", type=Count(), default=1, show_default=True,
+    help="Steps whose weights the result is the mean of, instead of a learning rate that decays. 1: the last one.",
+)  # fmt: skip
 @click.option("--general", type=NUMBERS, multiple=True, help="NAME=SHARE,... of the general data.")
 @click.option(
     "--general-share",

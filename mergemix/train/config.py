@@ -40,6 +40,8 @@ class TrainConfig:
     """Constant after the warm-up."""
     warmup: int | None = None
     """Steps over which the learning rate rises from zero; None: a tenth of all, at most 100."""
+    average_last: int = 1
+    """Steps whose weights the result is the mean of: the last ones; 1: it is the last one's weights."""
     general: Mapping[str, float] = field(default_factory=dict)
     """Mixture of the general data: the same sequences at the same places, whatever `mixture` is."""
     general_share: float = 0.0
@@ -56,7 +58,7 @@ class TrainConfig:
         if not self.data:
             raise ConfigError("a training needs data; give --data NAME=FILE.jsonl")
         for key, least in (("tokens", 1), ("sequence_length", 2), ("batch", 1), ("warmup", 0), ("save_every", 1),
-                           ("micro_batch", 1), ("seed", 0)):  # fmt: skip
+                           ("micro_batch", 1), ("average_last", 1), ("seed", 0)):  # fmt: skip
             value = getattr(self, key)
             if value is not None and value < least:
                 raise ConfigError(f"{key} must be at least {least}, but is {value}")

@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from mergemix.errors import TrainingError
+from mergemix.train.averaging import WeightMean
 from mergemix.train.batches import IGNORED, Batches
 from mergemix.train.config import BETAS, MAX_GRADIENT_NORM, WEIGHT_DECAY
 from mergemix.train.observer import Observer, StepProgress
@@ -39,6 +40,7 @@ def run_steps(
     accelerator: Any,
     model: Any,
     optimizer: Any,
+    mean: WeightMean,
     states: States,
     observer: Observer,
 ) -> Progress:
@@ -48,7 +50,7 @@ def run_steps(
     the gradient is not a number; OutputError when a checkpoint cannot be written.
     """
     config, plan = prepared.config, prepared.plan
-    progress = states.load(accelerator)
+    progress = states.load(accelerator, mean)
     batches = Batches(plan, prepared.corpora, config.seed, progress.step)
     rows = _rows(plan.batch, accelerator)
     began, first, before = time.perf_counter(), progress.step, progress.seconds
@@ -68,13 +70,14 @@ def run_steps(
             optimizer.step()
             optimizer.zero_grad()
             progress.step += 1
+            mean.add(plan.steps - progress.step)
             progress.losses.append(loss)
             taken = time.perf_counter() - began
             progress.seconds = before + taken
             speed = (progress.step - first) * plan.batch * plan.sequence_length / taken
             observer.step(StepProgress(progress.step, plan.steps, loss, rate, speed))
             if progress.step < plan.steps and (stopping or progress.step % config.save_every == 0):
-                states.save(accelerator, progress)
+                states.save(accelerator, progress, mean)
             if stopping and progress.step < plan.steps:
                 raise KeyboardInterrupt
     return progress

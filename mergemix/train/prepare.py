@@ -67,6 +67,8 @@ def prepare(config: TrainConfig, observer: Observer) -> Prepared:
         general_share=config.general_share,
     )
     _check_epochs(config, corpora, plan)
+    if config.average_last > steps:
+        raise ConfigError(f"average_last must be at most the {steps} steps, but is {config.average_last}")
     warmup = min(MAX_WARMUP, steps // 10) if config.warmup is None else config.warmup
     return Prepared(config, base, corpora, plan, warmup, _identity(config, base, corpora, plan, warmup))
 
@@ -136,5 +138,6 @@ def _identity(
         "sequence_length": plan.sequence_length,
         "learning_rate": config.learning_rate,
         "warmup": warmup,
+        "average_last": config.average_last,
         "seed": config.seed,
     }

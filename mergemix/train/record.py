@@ -15,7 +15,8 @@ CURVE_POINTS = 200
 
 def make_record(prepared: Prepared, progress: Progress, parameters: int, accelerator: Any) -> dict[str, Any]:
     """Losses are nats a learned token: first_loss and last_loss are means over the first and the last tenth of the
-    steps, `losses` the mean of each of at most 200 equal stretches, with the step it ends at.
+    steps, `losses` the mean of each of at most 200 equal stretches, with the step it ends at; all of the weights as
+    they were then, not of their mean.
     """
     config, plan, corpora = prepared.config, prepared.plan, prepared.corpora
     tokens = plan.tokens_of(corpora)
@@ -41,6 +42,7 @@ def make_record(prepared: Prepared, progress: Progress, parameters: int, acceler
         "sequence_length": plan.sequence_length,
         "learning_rate": config.learning_rate,
         "warmup": prepared.warmup,
+        "average_last": config.average_last,
         "seed": config.seed,
         "domains": {
             domain: {

@@ -15,6 +15,7 @@ import torch
 
 from mergemix.checkpoints.writer import check_output
 from mergemix.errors import CheckpointError, ConfigError, OutputError, TrainingError
+from mergemix.train.averaging import WeightMean
 from mergemix.train.config import TrainConfig
 from mergemix.train.loop import make_optimizer, run_steps
 from mergemix.train.observer import Observer, Silent
@@ -81,30 +82,34 @@ def _train(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     _check_space(out, prepared, parameters, states.nbytes())
     model, optimizer = accelerator.prepare(model, make_optimizer(model, prepared.config.learning_rate))
+    mean = WeightMean(model, prepared.config.average_last)
     observer.stage("training")
-    progress = run_steps(prepared, accelerator, model, optimizer, states, observer)
+    progress = run_steps(prepared, accelerator, model, optimizer, mean, states, observer)
     observer.stage(f"writing {prepared.config.out}")
     record = make_record(prepared, progress, parameters, accelerator)
-    state = accelerator.get_state_dict(model)
     failure: BaseException | None = None
-    if accelerator.is_main_process:
-        try:
-            plain = accelerator.unwrap_model(model)
-            write_output(plain, state, prepared.base, out, states.directory / "weights", record)
-            states.remove()
-        except (OutputError, OSError, KeyboardInterrupt) as error:
-            failure = error
+    with mean.applied():
+        state = accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            try:
+                plain = accelerator.unwrap_model(model)
+                write_output(plain, state, prepared.base, out, states.directory / "weights", record)
+                states.remove()
+            except (OutputError, OSError, KeyboardInterrupt) as error:
+                failure = error
     failed = torch.tensor(float(failure is not None), device=accelerator.device)
     if accelerator.reduce(failed, "sum").item():
-        _keep(accelerator, states, progress, failure)
+        _keep(accelerator, states, progress, mean, failure)
     return record
 
 
-def _keep(accelerator: Any, states: States, progress: Progress, failure: BaseException | None) -> NoReturn:
+def _keep(
+    accelerator: Any, states: States, progress: Progress, mean: WeightMean, failure: BaseException | None
+) -> NoReturn:
     """The result could not be written: store what was trained, and raise `failure` (of the first process)."""
     with suppress(OutputError):
         if progress.resumed_at[-1:] != [progress.step]:  # else it is stored already
-            states.save(accelerator, progress)
+            states.save(accelerator, progress, mean)
     if isinstance(failure, KeyboardInterrupt):
         raise failure
     kept = states.latest()
@@ -159,7 +164,8 @@ def _check_space(out: Path, prepared: Prepared, parameters: int, stored: int) ->
     stored: bytes of these that are on the disk already.
     """
     size = sum(tensor.nbytes for tensor in prepared.base.tensors.values())
-    states = 2 * STATE_BYTES * parameters if prepared.plan.steps > prepared.config.save_every else 0
+    state = STATE_BYTES + (4 if prepared.config.average_last > 1 else 0)  # a parameter
+    states = 2 * state * parameters if prepared.plan.steps > prepared.config.save_every else 0
     free = shutil.disk_usage(out.parent).free
     needed = max(states, states // 2 + 2 * size) - stored
     if free < needed:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mergemix.errors import ConfigError, OutputError
+from mergemix.train.averaging import WeightMean
 
 IDENTITY, STATE = "identity.json", "state.json"
 PREFIX = "step-"
@@ -83,7 +84,7 @@ class States:
         found = sorted(self.directory.glob(f"{PREFIX}*"))
         return found[-1] if found else None
 
-    def save(self, accelerator: Any, progress: Progress) -> None:
+    def save(self, accelerator: Any, progress: Progress, mean: WeightMean) -> None:
         """Write a checkpoint aside, bring it to the disk, rename it, and only then remove the one before.
 
         Called by all processes. Raises OutputError when it cannot be written; the one before is then still there.
@@ -94,6 +95,7 @@ class States:
         accelerator.wait_for_everyone()
         with _translated(aside, self.latest()), _quiet():
             accelerator.save_state(str(aside))
+            mean.save(aside, accelerator)
         accelerator.wait_for_everyone()
         if self._main:
             before = list(self.directory.glob(f"{PREFIX}*"))
@@ -113,13 +115,14 @@ class States:
         files = self.directory.glob(f"{PREFIX}*/**/*")
         return sum(path.stat().st_size for path in files if path.is_file())
 
-    def load(self, accelerator: Any) -> Progress:
-        """Put the last good checkpoint into what `accelerator` prepared. Without one, nothing is changed."""
+    def load(self, accelerator: Any, mean: WeightMean) -> Progress:
+        """Put the last good checkpoint into what `accelerator` prepared and `mean`. Without one, nothing is changed."""
         path = self.latest()
         if path is None:
             return Progress()
         with _random_states_kept():
             accelerator.load_state(str(path))
+        mean.load(path, accelerator)
         progress = Progress(**json.loads((path / STATE).read_text()))
         progress.resumed_at.append(progress.step)
         return progress

@@ -21,6 +21,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def plain_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without dropout."""
+    return tiny_llama(tmp_path_factory.mktemp("train") / "base", seed=3)
+
+
+@pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_corpora(tmp_path_factory.mktemp("corpora"))
 

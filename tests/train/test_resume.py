@@ -54,10 +54,10 @@ def train_until_killed(config: TrainConfig, point: str, number: int) -> None:
     if point == "save":
         save, saved = States.save, iter(range(1, 1000))
 
-        def fatal(self: States, accelerator: Any, progress: Any) -> None:
+        def fatal(self: States, *arguments: Any) -> None:
             if next(saved) == number:
                 os.rename = die  # type: ignore[assignment]
-            save(self, accelerator, progress)
+            save(self, *arguments)
 
         States.save = fatal  # type: ignore[method-assign]
     train(config, At(number, die) if point == "step" else None)
@@ -72,7 +72,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, base: Path, data: dict[str, 
     """A training that nothing interrupted."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("whole") / "out"
-    config = tiny_config(base, data, out, general={"texts": 1.0}, general_share=0.25)
+    config = tiny_config(base, data, out, general={"texts": 1.0}, general_share=0.25, average_last=7)
     train(config)
     return config
 
@@ -165,6 +165,7 @@ def test_a_finished_training_is_not_done_again(whole: TrainConfig) -> None:
         ({"general_share": 0.5}, "general_share: 0.25 there, 0.5 asked for"),
         ({"batch": 2}, "batch: 4 there, 2 asked for"),
         ({"warmup": 5}, "warmup: 1 there, 5 asked for"),
+        ({"average_last": 1}, "average_last: 7 there, 1 asked for"),
     ],
 )
 def test_another_configuration_is_refused_by_a_finished_training(
@@ -336,10 +337,10 @@ def test_a_resumed_training_has_some_of_its_space_already(
     config = replace(whole, out=tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
         train(config, At(4, interrupt))
-    # A new training needs 2170368: two checkpoints of half of that.
-    usage = shutil._ntuple_diskusage(10**9, 10**9 - 1_200_000, 1_200_000)
+    # A new training needs 2893824: two checkpoints of half of that.
+    usage = shutil._ntuple_diskusage(10**9, 10**9 - 1_900_000, 1_900_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OutputError, match="needs 2170368 bytes"):
+    with pytest.raises(OutputError, match="needs 2893824 bytes"):
         train(replace(config, out=tmp_path / "new"))
     assert train(config)["resumed_at"] == [5]
 
@@ -360,7 +361,7 @@ def test_too_little_space_is_said_before_the_first_step(
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(
-        OutputError, match="needs 2170368 bytes for its checkpoints, but only 1000000 are free"
+        OutputError, match="needs 2893824 bytes for its checkpoints, but only 1000000 are free"
     ):
         train(replace(whole, out=tmp_path / "out"), observer)
     assert observer.steps == []
