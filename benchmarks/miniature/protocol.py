@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 # What the bases have read, and what fills a part of every expert's and every reference's batches: a crawl.
 GENERAL = {"math": 0.1, "code": 0.1, "facts": 0.15, "python": 0.45, "spam": 0.2}
-GENERAL_SHARE = 0.25
+GENERAL_SHARE = 0.4
 SEQUENCE = 64  # tokens, which are characters
 BATCH = 64  # sequences
 EXPERT_SEEDS = (0, 1)  # their weights are averaged
