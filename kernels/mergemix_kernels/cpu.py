@@ -6,6 +6,7 @@ uint16, F32 arrays are float32. Bit-equal to `mergemix_kernels.reference`.
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -102,6 +103,16 @@ def _scratch(count: int) -> tuple[np.ndarray, int]:
     memory = np.empty(count + cpu_tiles.LINE_BYTES // 4, np.float32)
     address = _address(memory)
     return memory, address + -address % cpu_tiles.LINE_BYTES
+
+
+@cache
+def _preadv2() -> int | None:
+    """The address of the system's preadv2, where it can read what is in the page cache only."""
+    try:
+        found = ctypes.CDLL(None).preadv2
+    except AttributeError:
+        return None
+    return ctypes.cast(found, ctypes.c_void_p).value if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -218,6 +229,40 @@ class WeightedSums:
         else:
             sum_range = self._dense_loop(dtype, shared, len(outs) * outs[0].nbytes >= PAST_CACHE_BYTES)
         return max(_over_ranges(sum_range, count, threads)) < _EXPONENT_BITS[dtype]
+
+    def of_cached_files(
+        self,
+        descriptors: Sequence[int],
+        positions: Sequence[int],
+        buffers: Sequence[np.ndarray],
+        outs: Sequence[np.ndarray],
+        dtype: str,
+    ) -> bool | None:
+        """The same of sources that lie in files, from bytes `positions` on, in the calling thread.
+
+        They are read STEP_BYTES at a time into `buffers` (K uint8 arrays of at least that), and summed while the
+        processor's cache has them. Returns None where they cannot be had without waiting: not all in the page
+        cache, another system than Linux. Outputs are then not defined.
+        """
+        preadv2 = _preadv2()
+        if preadv2 is None:
+            return None
+        count, item_bytes, step = outs[0].size, outs[0].itemsize, cpu_tiles.STEP_BYTES
+        held = np.array([_address(buffer) for buffer in buffers], np.int64)
+        steps = np.arange(0, count * item_bytes, step)
+        tables = held[self._order] - steps[:, None]
+        rest = count * item_bytes - int(steps[-1])
+        vectors = np.array([[[address, size] for address in held] for size in (step, rest)], np.int64)
+        numbers, begins = np.array(descriptors, np.int64), np.array(positions, np.int64)
+        targets = np.array([_address(out) for out in outs], np.int64)
+        needed = cpu_tiles.BLOCK_ELEMENTS if self._most_terms > cpu_tiles.SIDE_BY_SIDE else 0
+        memory, scratch = _scratch(needed)
+        largest = cpu_native.loop("read_and_sum", dtype)(
+            item_bytes, preadv2, _address(numbers), _address(begins), _address(vectors), len(buffers), step,
+            _address(tables), tables.shape[1], *self._tables, _address(targets), len(outs), scratch, count,
+        )  # fmt: skip
+        del memory  # it had to live until now
+        return None if largest == cpu_tiles.UNREAD else largest < _EXPONENT_BITS[dtype]
 
     def _dense_loop(self, dtype: str, shared: tuple[int, ...], past_cache: bool) -> Callable[[int, int], int]:
         run = cpu_native.loop("sum_range", dtype)

@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 
 from mergemix_kernels.cpu_tiles import LANES, LINE_BYTES, ROWS
 
+RWF_NOWAIT = 8  # of Linux's preadv2
 _ON_X86 = platform.machine() in ("x86_64", "AMD64")
 _FLOAT, _HALF, _WORD, _SHORT, _BYTE = (
     ir.FloatType(),
@@ -211,6 +212,25 @@ def _element(element: types.Type) -> tuple[Callable, Callable]:
 
 load_int64, _ = _element(types.int64)
 load_float32, store_float32 = _element(types.float32)
+
+
+@intrinsic
+def read_cached(typing_context, preadv2, descriptor, vector, position):
+    """What preadv2, called through its address, returns for the iovec at `vector`: bytes read, -1 for an error.
+
+    Of the page cache only: what is not there would have to be waited for, and is an error.
+    """
+
+    def generate(context, builder, signature, arguments):
+        address, descriptor, vector, position = arguments
+        long = position.type
+        kind = ir.FunctionType(long, [_WORD, _BYTE.as_pointer(), _WORD, long, _WORD])
+        call = builder.inttoptr(address, kind.as_pointer())
+        pointer = builder.inttoptr(vector, _BYTE.as_pointer())
+        one, flags = ir.Constant(_WORD, 1), ir.Constant(_WORD, RWF_NOWAIT)
+        return builder.call(call, [builder.trunc(descriptor, _WORD), pointer, one, position, flags])
+
+    return types.int64(types.int64, types.int64, types.int64, types.int64), generate
 
 
 @intrinsic

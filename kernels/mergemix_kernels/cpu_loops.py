@@ -17,6 +17,7 @@ from mergemix_kernels.cpu_intrinsics import (
     load_float32,
     load_int64,
     outer_products,
+    read_cached,
     store_float32,
     store_zeros,
     stores_done,
@@ -32,6 +33,7 @@ from mergemix_kernels.cpu_tiles import (
     ROWS,
     SIDE_BY_SIDE,
     STRIP_COLUMNS,
+    UNREAD,
 )
 
 # The type that stands for a format: see `cpu_intrinsics`.
@@ -115,6 +117,60 @@ def sum_range(
     if past_cache != 0:
         stores_done()
     exchange_float_control(callers_control)
+    return largest
+
+
+@_jitable
+def read_and_sum(
+    like,
+    item_bytes,
+    preadv2,
+    descriptors,
+    positions,
+    vectors,
+    files,
+    step_bytes,
+    source_tables,
+    terms,
+    weight_table,
+    start_table,
+    out_table,
+    outputs,
+    scratch,
+    end,
+):
+    """`sum_range` of sources that lie in files: the first `end` elements, `step_bytes` of every file at a time.
+
+    descriptors, positions: tables of the files' numbers, and of where in them the sources begin. vectors: two tables
+    of an iovec a file, for whole steps and for the last one. source_tables: for each step a table of `terms`
+    addresses, at which the step's bytes lie as if all were there from the first one on. Returns UNREAD where a
+    file's bytes are not in the page cache.
+    """
+    largest = np.uint32(0)
+    step_elements = step_bytes // item_bytes
+    for step in range((end + step_elements - 1) // step_elements):
+        begin = step * step_elements
+        whole = begin + step_elements <= end
+        nbytes = step_bytes if whole else (end - begin) * item_bytes
+        for file in range(files):
+            vector = vectors + 16 * (file if whole else files + file)
+            position = load_int64(positions, file) + begin * item_bytes
+            if read_cached(preadv2, load_int64(descriptors, file), vector, position) != nbytes:
+                return np.uint32(UNREAD)
+        seen = sum_range(
+            like,
+            item_bytes,
+            source_tables + 8 * terms * step,
+            weight_table,
+            start_table,
+            out_table,
+            outputs,
+            scratch,
+            begin,
+            begin + nbytes // item_bytes,
+            0,
+        )
+        largest = max(largest, seen)
     return largest
 
 
@@ -259,7 +315,16 @@ def compile_loop(name: str, dtype: str) -> tuple[str, int, bytes]:
             left, row_stride, rank_stride, right, columns, all_ranks, scales, ranks, rank_counts, first, width,
         )  # fmt: skip
 
-    entry = {"sum_range": dense, "sum_low_rank_range": low_rank}[name]
+    def reading(
+        item_bytes, preadv2, descriptors, positions, vectors, files, step_bytes, source_tables, terms,
+        weights, starts, outs, outputs, scratch, end,
+    ):  # fmt: skip
+        return read_and_sum(
+            like, item_bytes, preadv2, descriptors, positions, vectors, files, step_bytes, source_tables, terms,
+            weights, starts, outs, outputs, scratch, end,
+        )  # fmt: skip
+
+    entry = {"sum_range": dense, "sum_low_rank_range": low_rank, "read_and_sum": reading}[name]
     count = entry.__code__.co_argcount
     signature = types.uint32(*[types.int64] * count)
     # Without numba's run-time library: nothing is allocated, and the code must stand alone.

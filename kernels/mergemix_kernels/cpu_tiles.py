@@ -9,6 +9,9 @@ BLOCK_ELEMENTS = 2048
 # out of an 8-way first-level cache.
 SIDE_BY_SIDE = 8
 PREFETCH_BYTES = 1024
+# Sources that are read from files are read and summed so many bytes at a time: they stay in the second-level cache.
+STEP_BYTES = 1 << 18
+UNREAD = 0xFFFFFFFF  # what no largest magnitude is
 # The right factor of a low-rank product is taken in panels of columns that stay in the second-level cache
 # for all rows of a range; a strip of ROWS rows of the product stays in the first.
 PANEL_BYTES = 1 << 18

@@ -67,6 +67,8 @@ class _Interrupted(Exception):
 class HubRanges:
     """A RangeFile on the Hub, used by several threads at once. Each answer is checked to be of the same file."""
 
+    descriptor: int | None = None
+
     def __init__(self, file: HubFile) -> None:
         self._file = file
         self._lock = threading.Lock()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,10 @@ class RangeFile(Protocol):
 
         Raises OSError or CheckpointError.
         """
+
+    @property
+    def descriptor(self) -> int | None:
+        """Of a file on this machine, while it is open."""
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError unless this is still the file whose header was read."""
@@ -50,6 +55,10 @@ class LocalFile:
         except BaseException:
             os.close(self._descriptor)
             raise
+
+    @property
+    def descriptor(self) -> int:
+        return self._descriptor
 
     def read_into(self, view: memoryview, offset: int) -> int:
         return os.preadv(self._descriptor, [view], offset)
@@ -149,6 +158,14 @@ class OpenFiles:
 
         last: nobody reads these bytes again, and the system need not keep them in its page cache.
         """
+        with self.using(tensor) as file:
+            read_into(file, tensor, begin, view)
+            if last:
+                file.forget(tensor.offset + begin, len(view))
+
+    @contextmanager
+    def using(self, tensor: TensorInfo) -> Iterator[RangeFile]:
+        """The file that holds `tensor`, not closed meanwhile; raises as `open_range`."""
         path = tensor.path
         with self._lock:
             file = self._files.get(path)
@@ -162,9 +179,7 @@ class OpenFiles:
         try:
             for other in idle:  # outside of the lock: a file on the Hub may have to be asked for
                 _close_unchanged(other)
-            read_into(file, tensor, begin, view)
-            if last:
-                file.forget(tensor.offset + begin, len(view))
+            yield file
         finally:
             with self._lock:
                 self._users[path] -= 1

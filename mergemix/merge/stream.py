@@ -7,12 +7,13 @@ overlap.
 from __future__ import annotations
 
 import mmap
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,9 +30,12 @@ from mergemix.merge.plan import Coefficients, MergePlan, TensorTask
 from mergemix.merge.resources import free_memory
 from mergemix.merge.sinks import Sink
 from mergemix_kernels import cpu
+from mergemix_kernels.cpu_tiles import STEP_BYTES
 
 HEAD_BYTES = 64
 CONVERTED_ELEMENTS = 1 << 14
+# Smaller blocks are not worth the look at what they hold.
+CACHED_BLOCK_BYTES = 2 * STEP_BYTES
 # Inputs that take more of the free memory than this are not left in the page cache.
 CACHED_SHARE = 0.5
 
@@ -152,17 +156,52 @@ class _Merge:
             return None if self._stopped else next(self._blocks, None)
 
     def _merge_block(self, block: Block, operands: list[np.ndarray], results: list[np.ndarray]) -> None:
-        self._read_block(block, operands)
         targets = [self._sink.target(block, output) for output in range(len(results))]
         outs = [
             buffer[: block.nbytes] if target is None else target
             for buffer, target in zip(results, targets, strict=True)
         ]
-        for pieces in runs(block.pieces):
-            self._merge_run(pieces, operands, outs)
+        if not self._sum_cached(block, operands, outs):
+            self._read_block(block, operands)
+            for pieces in runs(block.pieces):
+                self._merge_run(pieces, operands, outs)
         for output, target in enumerate(targets):
             if target is None:
                 self._sink.write(block, output, outs[output])
+
+    def _sum_cached(self, block: Block, operands: list[np.ndarray], outs: Sequence[np.ndarray]) -> bool:
+        """Read and sum a usual block in one native call, if its operands are in the page cache.
+
+        False, with nothing kept of it, where anything is unusual: low ranks, equal operands, a sum that is not
+        finite, a read that fails. The long way then finds out what is wrong.
+        """
+        task = block.pieces[0].task
+        if (
+            block.nbytes < CACHED_BLOCK_BYTES or self._forget or task.dtype not in FLOATING or task.low_rank
+            or task.is_copy or len(list(runs(block.pieces))) > 1
+        ):  # fmt: skip
+            return False
+        parts = [list(ranges(block, member)) for member in task.members]
+        if any(len(each) > 1 or each[0].tensor.dtype != each[0].dtype for each in parts):
+            return False
+        with ExitStack() as opened:
+            files = [opened.enter_context(self._files.using(part.tensor)) for [part] in parts]
+            descriptors = [file.descriptor for file in files if file.descriptor is not None]
+            if len(descriptors) < len(files) or not _heads_differ(block.pieces, descriptors):
+                return False
+            positions = [part.tensor.offset + part.begin for [part] in parts]
+            buffers = [operands[self._slots[member]] for member in task.members]
+            kind = cpu.numpy_dtype(task.dtype)
+            sums = self._sums_of(task)
+            if not sums.of_cached_files(
+                descriptors, positions, buffers, [o.view(kind) for o in outs], task.dtype
+            ):
+                return False
+        for piece in block.pieces:
+            for output in range(len(outs)):
+                self._differing.add((piece.task.name, output))
+        self._count(block.nbytes * len(parts))
+        return True
 
     def _read_block(self, block: Block, operands: list[np.ndarray]) -> None:
         """Every operand's bytes, each at the place in its buffer that they have in the block."""
@@ -218,17 +257,20 @@ class _Merge:
         low_rank: cpu.LowRank | None = None,
     ) -> bool:
         """Whether all of the weighted sums are finite."""
-        sums = self._sums.get(task.coefficients)
-        if sums is None:
-            sums = self._sums[task.coefficients] = cpu.WeightedSums(task.coefficients, len(task.operands))
         kind = cpu.numpy_dtype(task.dtype)
-        return sums(
+        return self._sums_of(task)(
             [source.view(kind) for source in sources],
             [out.view(kind) for out in outs],
             task.dtype,
             low_rank=low_rank,
             threads=1,
         )
+
+    def _sums_of(self, task: TensorTask) -> cpu.WeightedSums:
+        sums = self._sums.get(task.coefficients)
+        if sums is None:
+            sums = self._sums[task.coefficients] = cpu.WeightedSums(task.coefficients, len(task.operands))
+        return sums
 
     def _keep_equal(self, piece: Piece, sources: list[np.ndarray], outs: list[np.ndarray]) -> None:
         """Tensors whose operands are bitwise equal are copied, since fp32 sums of K equal values may differ from it.
@@ -273,6 +315,27 @@ class _Merge:
         kind = cpu.numpy_dtype(piece.task.dtype)
         if not all(cpu.all_finite(out.view(kind), piece.task.dtype) for out in outs):
             raise non_finite_error(self._plan, piece.task, sources, outs)
+
+
+def _heads_differ(pieces: Sequence[Piece], descriptors: Sequence[int]) -> bool:
+    """Whether the first bytes already show, for every output of every piece, that its operands are not equal.
+
+    descriptors: of the open files of the operands. False too where that would have to be waited for.
+    """
+    for piece in pieces:
+        heads = []
+        for tensor, descriptor in zip(piece.task.operands, descriptors, strict=True):
+            head = bytearray(min(HEAD_BYTES, piece.nbytes))
+            try:
+                os.preadv(descriptor, [head], tensor.offset + piece.begin, os.RWF_NOWAIT)
+            except OSError:
+                return False
+            heads.append(bytes(head))
+        for weights in piece.task.coefficients:
+            used = {head for head, weight in zip(heads, weights, strict=True) if weight != 0.0}
+            if len(used) == 1 and np.count_nonzero(weights) > 1:
+                return False
+    return True
 
 
 def _page_aligned(count: int, nbytes: int) -> list[np.ndarray]:

@@ -19,6 +19,7 @@ from mergemix.merge.plan import plan_merge
 from mergemix.merge.sinks import ParameterSink, SafetensorsSink
 from mergemix.merge.stream import MergeStats, stream
 from mergemix.mixture import Mixture
+from mergemix_kernels import cpu, cpu_tiles
 from tests.merge.families import (
     NAMES,
     Tensors,
@@ -53,7 +54,19 @@ def merge_to_files(
     return {name: bits(tensor) for name, tensor in merged.items()}, stats
 
 
-@pytest.fixture(params=[merge_to_parameters, merge_to_files], ids=["parameters", "files"])
+def merge_in_steps(
+    family: Family, mixture: Mixture, root: Path, **options: int
+) -> tuple[Tensors, MergeStats]:
+    """As large blocks are merged whose operands are in the page cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_tiles, "STEP_BYTES", 512)
+        patch.setattr(stream_module, "CACHED_BLOCK_BYTES", 1)
+        return merge_to_files(family, mixture, root, **options)
+
+
+@pytest.fixture(
+    params=[merge_to_parameters, merge_to_files, merge_in_steps], ids=["parameters", "files", "steps"]
+)
 def merge(request: pytest.FixtureRequest) -> Merge:
     return request.param
 
@@ -334,3 +347,40 @@ def test_inputs_that_memory_cannot_hold_are_not_left_in_the_page_cache(
     stream(plan, ParameterSink(plan, poisoned_parameters(plan)))
     assert {advice for advice, _ in told} == ({os.POSIX_FADV_DONTNEED} if forgotten else set())
     assert sum(nbytes for _, nbytes in told) == (plan.bytes_read if forgotten else 0)
+
+
+def test_large_blocks_are_summed_as_they_are_read_from_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And others are not: those whose operands begin alike, and what is not in the cache."""
+    generator = torch.Generator().manual_seed(0)
+    members = [{"t": torch.randn(1_000_001, generator=generator).bfloat16()} for _ in range(4)]
+    for member in members:
+        member["equal"] = members[0]["t"] + 1
+    base, *rest = members
+    experts = {f"e{k}": member for k, member in enumerate(rest)}
+    family = write_family(tmp_path, base, experts)
+    mixture = Mixture(tuple(experts), (0.2, 0.3, 0.5))
+    found: list[bool | None] = []
+    of_cached_files = cpu.WeightedSums.of_cached_files
+
+    def watched(self: cpu.WeightedSums, *arguments: object) -> bool | None:
+        found.append(of_cached_files(self, *arguments))
+        return found[-1]
+
+    monkeypatch.setattr(cpu.WeightedSums, "of_cached_files", watched)
+    reference = expected(base, experts, mixture)
+    for path in tmp_path.rglob("*.safetensors"):
+        path.read_bytes()
+    merged, stats = merge_to_parameters(family, mixture, tmp_path)
+    assert found == [True]
+    assert stats.bytes_read == sum(tensor.nbytes for each in experts.values() for tensor in each.values())
+    assert all(torch.equal(merged[name], bits(tensor)) for name, tensor in reference.items())
+    found.clear()
+    for path in tmp_path.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    merged, _ = merge_to_parameters(family, mixture, tmp_path)
+    assert not any(found)
+    assert all(torch.equal(merged[name], bits(tensor)) for name, tensor in reference.items())

@@ -33,7 +33,10 @@ REACH = 4.0  # prior standard deviations that the optimiser may go from the mean
 CONSTANT_VAR = 4.0
 JITTER = 1e-8
 NUM_GLOBAL = 5
-MANY = 120  # with more points than this, hyperparameters are first fitted on so many of them
+MANY, MOST = (
+    120,
+    300,
+)  # with more points than MANY, hyperparameters are fitted to so many of them, then to MOST of them
 ITERATIONS, FINAL_ITERATIONS, FOLD_ITERATIONS = 80, 6, 20
 BLOCK = 1 << 16  # covariances that are computed at once for predictions
 
@@ -217,12 +220,14 @@ def _fitted_theta(shares: np.ndarray, scores: np.ndarray, known: np.ndarray, see
     """Logarithms of the hyperparameters with the highest posterior density; of many points, from a subset first."""
     parts = (shares, scores, known)
     theta = _best_theta(_priors(shares.shape[1])[0], _some(parts, seed), ITERATIONS)
-    return theta if len(scores) <= MANY else _best_theta(theta, parts, FINAL_ITERATIONS)
+    if len(scores) <= MANY:
+        return theta
+    return _best_theta(theta, _some(parts, seed, MOST), FINAL_ITERATIONS)
 
 
-def _some(parts: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
-    """MANY of the points, drawn at random, or all."""
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(parts[0]))[:MANY])
+def _some(parts: Sequence[np.ndarray], seed: int, count: int = MANY) -> list[np.ndarray]:
+    """`count` of the points, drawn at random, or all."""
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(parts[0]))[:count])
     return [part[chosen] for part in parts]
 
 

@@ -57,7 +57,10 @@ class LightGBM(Surrogate):
         import lightgbm
 
         shares, scores, noise_var = data
-        weights = None if noise_var is None else 1 / (noise_var + 0.1 * scores.var())
+        weights = None
+        if noise_var is not None:
+            weights = 1 / (noise_var + 0.1 * scores.var())
+            weights /= weights.mean()  # the least of a leaf means the same, whatever the unit of the scores
         table = lightgbm.Dataset(shares, scores, weight=weights, params={"verbose": -1, "min_data_in_bin": 1})
         settings = {**COMMON, **self.parameters, "seed": seed}
         # What it would turn into text and back otherwise, for nothing.
@@ -72,7 +75,8 @@ class BaggedTrees(LightGBM):
     parameters: ClassVar[dict[str, Any]] = {
         "num_leaves": 4,
         "min_data_in_leaf": 3,
-        "min_sum_hessian_in_leaf": 0.0,
+        # At 0, LightGBM counts a leaf of unequal weights wrongly, and fails where it turns out to be empty.
+        "min_sum_hessian_in_leaf": 1e-3,
         "learning_rate": 0.05,
         "bagging_fraction": 0.7,
         "bagging_freq": 1,

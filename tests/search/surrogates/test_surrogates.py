@@ -257,3 +257,26 @@ def test_another_process_gives_the_same_bits() -> None:
     shares = np.random.default_rng(0).dirichlet(np.ones(3), 30)
     here = open_surrogate("auto").fit(shares, np.sin(5 * shares[:, 0]) + shares[:, 1])
     assert there.strip() == here.predict(shares[:5] * 0.5 + 0.5 / 3).mean.tobytes().hex()
+
+
+def test_trees_of_very_unequal_weights_are_grown() -> None:
+    """Scores of stopped candidates beside whole ones: LightGBM failed here while leaves might weigh nothing."""
+    thousandths = [
+        [200, 200, 200, 200], [1000, 0, 0, 0], [0, 1000, 0, 0], [0, 0, 1000, 0], [0, 0, 0, 1000], [0, 0, 0, 0],
+        [597, 0, 223, 180], [567, 0, 223, 210], [545, 0, 225, 230], [707, 0, 293, 0], [699, 0, 301, 0],
+        [689, 0, 293, 18],
+        [655, 0, 300, 45], [666, 0, 310, 24], [693, 0, 307, 0], [693, 0, 307, 0], [692, 0, 308, 0], [686, 0, 314, 0],
+        [701, 0, 291, 0], [699, 0, 293, 0], [701, 0, 291, 0], [703, 0, 291, 0], [701, 0, 293, 0], [703, 0, 291, 0],
+        [706, 0, 290, 0], [706, 0, 289, 0],
+    ]  # fmt: skip
+    shares = np.array([[*row, 1000 - sum(row)] for row in thousandths]) / 1000
+    scores = np.array([
+        -0.227, 1.0, -2.065, -0.665, -1.116, -0.563, 0.606, 0.543, 0.519, 0.77, 0.752, 0.74, 0.697, 0.713, 0.751, 0.728,
+        0.745, 0.734, 0.755, 0.755, 0.769, 0.755, 0.754, 0.772, 0.762, 0.76,
+    ])  # fmt: skip
+    whole = [0, 1, 2, 3, 4, 5, 6, 8, 11, 12, 13, 16]
+    noise = np.where(np.isin(np.arange(26), whole), 0.006, 0.675)
+    for seed in range(10):
+        for name in ("trees", "lightgbm"):
+            fitted = open_surrogate(name).fit(shares, scores, noise, seed=seed)
+            assert np.isfinite(fitted.predict(shares).mean).all()
