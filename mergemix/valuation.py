@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mergemix.evals.estimate import estimate, reference_scores
+from mergemix.evals.estimate import estimate, item_variance, reference_scores
 from mergemix.evals.stats import ItemScores
 from mergemix.evals.utility import CapabilityUtility, Utility, make_utility
 from mergemix.evals.utility_spec import Objective, capability_objective, parse_utility
@@ -40,7 +40,9 @@ class Valuation:
         scores = {}
         for name, each in self.capabilities.items():
             found = (
-                _stopped(each, record, items) if record.estimate else estimate(each, items, self.reference)
+                _stopped(each, record, items, self.reference)
+                if record.estimate
+                else estimate(each, items, self.reference)
             )
             if found is not None:
                 scores[name] = found
@@ -104,10 +106,12 @@ def propagate(objective: Objective, scores: Mapping[str, tuple[float, float]]) -
     return float(np.linalg.norm(up[known] - down[known]) / 2)
 
 
-def _stopped(each: Utility, record: CandidateRecord, items: ItemScores) -> tuple[float, float] | None:
+def _stopped(
+    each: Utility, record: CandidateRecord, items: ItemScores, reference: ItemScores
+) -> tuple[float, float] | None:
     """(score, standard error) of a capability of a candidate that was stopped early; None where it is not known.
 
-    The error is of the estimate for all items, and of all items as a sample, whose spread those that were asked show.
+    The error is of the estimate for all items, and of all items as a sample, as a candidate has it that was asked all.
     """
     assert record.estimate is not None, "a stopped candidate has an estimate"
     found = record.estimate.benchmarks
@@ -116,8 +120,6 @@ def _stopped(each: Utility, record: CandidateRecord, items: ItemScores) -> tuple
     value, variance = each.offset, 0.0
     for name, weight in each.weights.items():
         mean, error = found[name]
-        known = items[name][np.isfinite(items[name])]
-        spread = float(known.var()) / len(items[name]) if len(known) else 0.0
         value += weight * mean
-        variance += weight**2 * (error**2 + spread)
+        variance += weight**2 * (error**2 + item_variance(items[name], reference[name]) / len(items[name]))
     return value, math.sqrt(variance)

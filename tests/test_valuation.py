@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,3 +102,8 @@ def test_stopped_candidates_have_larger_errors(tmp_path: Path) -> None:
     )
     assert not any(outcome.partial for outcome in whole)
     assert min(o.stderr for o in partial) > max(o.stderr for o in whole) > 0
+    # The estimate's own error (0.05 in this study) beside that of a candidate that answered all items: what makes items
+    # hard for all is in neither.
+    for name in ("math", "code", "language"):
+        own = float(np.median([outcome.capabilities[name][1] for outcome in whole]))
+        assert all(o.capabilities[name][1] == pytest.approx(math.hypot(0.05, own), rel=0.02) for o in partial)

@@ -30,6 +30,18 @@ def reference_scores(candidates: list[ItemScores]) -> dict[str, np.ndarray]:
     return found
 
 
+def item_variance(items: np.ndarray, reference: np.ndarray) -> float:
+    """How much an item's difference to its reference varies, from those that have both; 0 without any."""
+    differences = items - reference
+    differences = differences[np.isfinite(differences)]
+    num = len(differences)
+    if not num:
+        return 0.0
+    spread = float(((differences - differences.mean()) ** 2).sum())
+    spread += PRIOR_ITEMS * float(np.nanvar(reference)) / (num + 1)
+    return spread / (num - 1 + PRIOR_ITEMS)
+
+
 def estimate(utility: Utility, items: ItemScores, reference: ItemScores) -> tuple[float, float] | None:
     """(utility on all items, standard error of it as a measurement of the mixture) from the items that were answered.
 
@@ -43,12 +55,10 @@ def estimate(utility: Utility, items: ItemScores, reference: ItemScores) -> tupl
     for name, weight in utility.weights.items():
         differences = np.asarray(items[name]) - reference[name]
         differences = differences[np.isfinite(differences)]
-        num = len(differences)
-        if not num:
+        if not len(differences):
             return None
         known = reference[name][np.isfinite(reference[name])]
-        mean = math.fsum(differences.tolist()) / num
+        mean = math.fsum(differences.tolist()) / len(differences)
         value += weight * (math.fsum(known.tolist()) / len(known) + mean)
-        spread = float(((differences - mean) ** 2).sum()) + PRIOR_ITEMS * float(known.var()) / (num + 1)
-        variance += weight**2 * spread / (num - 1 + PRIOR_ITEMS) / num
+        variance += weight**2 * item_variance(np.asarray(items[name]), reference[name]) / len(differences)
     return value, math.sqrt(variance)
