@@ -54,12 +54,15 @@ def misses(results: Mapping[str, Any]) -> list[str]:
 def _head(results: Mapping[str, Any]) -> str:
     taken = results["conditions"]
     command = "make reproduce" + ("" if results["scale_name"] == "cpu" else f" SCALE={results['scale_name']}")
+    spent = sum(each["seconds"] for each in results["ledger"].values())
     return (
-        f"# The paper in miniature\n\n`{command}`, {results['seconds'] / 60:.0f} minutes on {taken['cores']} cores "
-        f"({taken['cpu']}), commit {str(taken['commit'])[:12]}, Python {taken['python']}.\n\n"
+        f"# The paper in miniature\n\n`{command}`: {spent / 60:.0f} minutes of training and searches, scoring trained "
+        f"models not counted, on {taken['cores']} cores ({taken['cpu']}), commit {str(taken['commit'])[:12]}, Python "
+        f"{taken['python']}.\n\n"
         "Domains: made tasks (math, and code that adds numbers, too), made facts, the standard library's source "
         "(python), and spam, which nothing asks for. Every number of the protocol is in `miniature/protocol.py` "
-        "beside the benchmarks, fixed before any held-out mixture was trained. The paper has models 10,000 times as "
+        "beside the benchmarks, fixed before any held-out mixture was trained. Every model but the bases is the mean "
+        "of its weights after each of its last steps, as the paper averages checkpoints. The paper has models 10,000 times as "
         "large on real benchmarks: its figures stand beside ours for the shape of the result, not its size."
     )
 
