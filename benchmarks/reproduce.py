@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.common import conditions
 from benchmarks.miniature.diagnostics import landscape, matrices
 from benchmarks.miniature.lab import Lab
-from benchmarks.miniature.protocol import SCALES
+from benchmarks.miniature.protocol import MORE_SEEDS, REFERENCE_SEEDS, SCALES
 from benchmarks.miniature.quality import cross_scale, dynamic, final_quality, hierarchy
 from benchmarks.miniature.ranks import dual_capability, rank_consistency
 from benchmarks.miniature.tables import misses, page
@@ -25,6 +25,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "numpy", "scipy", "lightgbm")
 STUDIES: dict[str, Callable[[Lab], Any]] = {
     "dual": dual_capability,
     "ranks": lambda lab: [rank_consistency(lab, shape) for shape in ("dense", "moe")],
+    "more seeds": lambda lab: rank_consistency(lab, "dense", REFERENCE_SEEDS + MORE_SEEDS),
     "quality": final_quality,
     "scale": cross_scale,
     "dynamic": dynamic,

@@ -39,11 +39,14 @@ def dual_capability(lab: Lab) -> dict[str, Any]:
     return {"pair": PAIR, "share": [shares[first] for shares in mixtures], "capabilities": capabilities}
 
 
-def rank_consistency(lab: Lab, shape: str) -> dict[str, Any]:
-    """Table 2: a search over the experts, then `mergemix verify` on mixtures that the search was not told of."""
+def rank_consistency(lab: Lab, shape: str, seeds: Sequence[int] = REFERENCE_SEEDS) -> dict[str, Any]:
+    """Table 2: a search over the experts, then `mergemix verify` on mixtures that the search was not told of.
+
+    seeds: of the references, each of which is trained once with each.
+    """
     search(lab, shape)
     study = lab.root / "studies" / shape
-    return {"shape": shape, **verify(study, _references(lab, shape, held_out(lab)))}
+    return {"shape": shape, **verify(study, _references(lab, shape, held_out(lab), seeds))}
 
 
 def search(lab: Lab, shape: str, name: str = "", **settings: Any) -> dict[str, Any]:
@@ -82,7 +85,7 @@ def held_out(lab: Lab) -> list[dict[str, float]]:
     return mixtures
 
 
-def _references(lab: Lab, shape: str, mixtures: Sequence[Shares]) -> Any:
+def _references(lab: Lab, shape: str, mixtures: Sequence[Shares], seeds: Sequence[int]) -> Any:
     """The file of references that `verify` takes: every mixture, trained once a seed."""
     base = lab.base(shape)
     lines = [
@@ -94,9 +97,9 @@ def _references(lab: Lab, shape: str, mixtures: Sequence[Shares]) -> Any:
             "seed": seed,
         }
         for shares in mixtures
-        for seed in REFERENCE_SEEDS
+        for seed in seeds
     ]
-    path = lab.root / f"references-{shape}.jsonl"
+    path = lab.root / f"references-{shape}-{len(seeds)}.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 

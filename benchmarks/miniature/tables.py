@@ -24,6 +24,7 @@ BAR_OVERALL, BAR_CAPABILITY = 0.9, 0.8
 def page(results: Mapping[str, Any]) -> str:
     """Markdown."""
     parts = [_head(results), _dual(results["dual"]), *(_ranks(each) for each in results["ranks"])]
+    parts.append(_more_seeds(results["more seeds"]))
     parts += [_quality(results["quality"]), _cost(results["ledger"]), _scale(results["scale"])]
     parts += [_dynamic(results["dynamic"]), _hierarchy(results["hierarchy"])]
     parts += [_landscape(results["landscape"]), _matrices(results["matrices"]), _misses(results)]
@@ -62,8 +63,9 @@ def _head(results: Mapping[str, Any]) -> str:
         "Domains: made tasks (math, and code that adds numbers, too), made facts, the standard library's source "
         "(python), and spam, which nothing asks for. Every number of the protocol is in `miniature/protocol.py` "
         "beside the benchmarks, fixed before any held-out mixture was trained. Every model but the bases is the mean "
-        "of its weights after each of its last steps, as the paper averages checkpoints. The paper has models 10,000 times as "
-        "large on real benchmarks: its figures stand beside ours for the shape of the result, not its size."
+        "of its weights after each of its last steps, as the paper averages checkpoints. The paper has models "
+        "10,000 times as large on real benchmarks: its figures stand beside ours for the shape of the result, not "
+        "its size."
     )
 
 
@@ -81,7 +83,15 @@ def _dual(found: Mapping[str, Any]) -> str:
     )
 
 
-def _ranks(found: Mapping[str, Any]) -> str:
+def _more_seeds(found: Mapping[str, Any]) -> str:
+    return (
+        _ranks(found, "2b.")
+        + "\n\nThese seeds were added when the result with two was known, for the account of what was missed: they "
+        "tell the proxy's error from the references' own. The table with two seeds is the one that was fixed before."
+    )
+
+
+def _ranks(found: Mapping[str, Any], number: str = "2.") -> str:
     def row(name: str, each: Mapping[str, Any], bar: float) -> list[str]:
         ceiling, corrected = each.get("ceiling") or {}, each.get("corrected") or {}
         return [
@@ -92,13 +102,14 @@ def _ranks(found: Mapping[str, Any]) -> str:
 
     rows = [row("overall", found["overall"], BAR_OVERALL)]
     rows += [row(name, each, BAR_CAPABILITY) for name, each in found["capabilities"].items()]
+    seeds = found["overall"]["seeds"]
     return (
-        f"## 2. Rank consistency, {found['shape']} base: {found['references']} held-out mixtures, two seeds each "
-        "(table 2)\n\n"
+        f"## {number} Rank consistency, {found['shape']} base: {found['references']} held-out mixtures, {seeds} seeds "
+        "each (table 2)\n\n"
         + _table(["", "Spearman", "95%", "Kendall", "ceiling", "corrected", "bar", "paper"], rows)
         + "\n\nCeiling: what the references' own seeds allow. The paper has 12 mixtures and other capabilities "
         "(knowledge 0.98, language 0.72, reasoning 0.89)."
-        + ("\n\n![merged and trained](ranks.png)" if found["shape"] == "dense" else "")
+        + ("\n\n![merged and trained](ranks.png)" if found["shape"] == "dense" and number == "2." else "")
     )
 
 
