@@ -177,7 +177,7 @@ class _Merge:
         """
         task = block.pieces[0].task
         if (
-            block.nbytes < CACHED_BLOCK_BYTES or self._forget or task.dtype not in FLOATING or task.low_rank
+            not hasattr(os, "RWF_NOWAIT") or block.nbytes < CACHED_BLOCK_BYTES or self._forget or task.dtype not in FLOATING or task.low_rank
             or task.is_copy or len(list(runs(block.pieces))) > 1
         ):  # fmt: skip
             return False
