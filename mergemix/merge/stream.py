@@ -176,10 +176,9 @@ class _Merge:
         finite, a read that fails. The long way then finds out what is wrong.
         """
         task = block.pieces[0].task
-        if (
-            not hasattr(os, "RWF_NOWAIT") or block.nbytes < CACHED_BLOCK_BYTES or self._forget or task.dtype not in FLOATING or task.low_rank
-            or task.is_copy or len(list(runs(block.pieces))) > 1
-        ):  # fmt: skip
+        if not hasattr(os, "RWF_NOWAIT") or self._forget or block.nbytes < CACHED_BLOCK_BYTES:
+            return False
+        if task.dtype not in FLOATING or task.low_rank or task.is_copy or len(list(runs(block.pieces))) > 1:
             return False
         parts = [list(ranges(block, member)) for member in task.members]
         if any(len(each) > 1 or each[0].tensor.dtype != each[0].dtype for each in parts):
