@@ -218,10 +218,9 @@ def _read_preflight(path: Path, about: Mapping[str, Any]) -> dict[str, Any] | No
         if found["about"] != about or found["verdict"] not in VERDICTS:
             return None
         known: dict[str, Any] = {**found, "checks": [dict(check) for check in found["checks"]]}
-        assert all(
-            isinstance(check["why"], str) and check["verdict"] in VERDICTS for check in known["checks"]
-        )
-    except (OSError, ValueError, TypeError, KeyError, AssertionError, RecursionError):
+        if not all(isinstance(each["why"], str) and each["verdict"] in VERDICTS for each in known["checks"]):
+            return None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     return known
 

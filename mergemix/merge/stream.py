@@ -35,7 +35,7 @@ from mergemix_kernels.cpu_tiles import STEP_BYTES
 HEAD_BYTES = 64
 CONVERTED_ELEMENTS = 1 << 14
 # Smaller blocks are not worth the look at what they hold.
-CACHED_BLOCK_BYTES = 2 * STEP_BYTES
+CACHED_BLOCK_BYTES = STEP_BYTES
 # Inputs that take more of the free memory than this are not left in the page cache.
 CACHED_SHARE = 0.5
 
@@ -326,8 +326,10 @@ def _heads_differ(pieces: Sequence[Piece], descriptors: Sequence[int]) -> bool:
         for tensor, descriptor in zip(piece.task.operands, descriptors, strict=True):
             head = bytearray(min(HEAD_BYTES, piece.nbytes))
             try:
-                os.preadv(descriptor, [head], tensor.offset + piece.begin, os.RWF_NOWAIT)
+                count = os.preadv(descriptor, [head], tensor.offset + piece.begin, os.RWF_NOWAIT)
             except OSError:
+                return False
+            if count != len(head):  # the rest is on a page that is not there
                 return False
             heads.append(bytes(head))
         for weights in piece.task.coefficients:

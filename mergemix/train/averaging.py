@@ -22,18 +22,18 @@ class WeightMean:
         self.steps = steps
         self._model = model
         self._count = 0
-        self._means: list[torch.Tensor] = []
+        # Before the first step: memory that does not suffice is then found at once.
+        self._means = (
+            [torch.zeros_like(each, dtype=torch.float32) for each in self._parameters()] if steps > 1 else []
+        )
 
     @torch.no_grad()
     def add(self, left: int) -> None:
         """After a step: its weights belong to the mean when at most `steps` - 1 steps are `left`."""
         if self.steps == 1 or left >= self.steps:
             return
-        parameters = self._parameters()
-        if not self._means:
-            self._means = [torch.zeros_like(each, dtype=torch.float32) for each in parameters]
         self._count += 1
-        torch._foreach_lerp_(self._means, parameters, 1 / self._count)
+        torch._foreach_lerp_(self._means, self._parameters(), 1 / self._count)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -47,7 +47,7 @@ class WeightMean:
     def save(self, directory: Path, accelerator: Any) -> None:
         """Into a checkpoint: once where every process holds the whole model, else every process's part."""
         rank, processes = _part(accelerator)
-        if self._means and rank is not None:
+        if self._count and rank is not None:
             held = {"count": self._count, "processes": processes, "means": self._means}
             torch.save(held, directory / f"mean-{rank}.pt")
 
@@ -63,12 +63,15 @@ class WeightMean:
                 f"{directory} was stored by another number of processes than {processes}, which each hold a part of "
                 "the model: start as many as then"
             )
-        pairs = zip(held["means"], self._parameters(), strict=True)
-        self._count, self._means = held["count"], [mean.to(own.device) for mean, own in pairs]
+        self._count = held["count"]
+        for mean, stored in zip(self._means, held["means"], strict=True):
+            mean.copy_(stored)
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for mean, parameter in zip(self._means, self._parameters() if self._means else (), strict=True):
+        if not self._count:
+            return
+        for mean, parameter in zip(self._means, self._parameters(), strict=True):
             own = parameter.clone()
             parameter.copy_(mean)
             mean.copy_(own)

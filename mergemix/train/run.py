@@ -89,14 +89,14 @@ def _train(
     record = make_record(prepared, progress, parameters, accelerator)
     failure: BaseException | None = None
     with mean.applied():
-        state = accelerator.get_state_dict(model)
-        if accelerator.is_main_process:
-            try:
+        try:
+            state = accelerator.get_state_dict(model)
+            if accelerator.is_main_process:
                 plain = accelerator.unwrap_model(model)
                 write_output(plain, state, prepared.base, out, states.directory / "weights", record)
                 states.remove()
-            except (OutputError, OSError, KeyboardInterrupt) as error:
-                failure = error
+        except (OutputError, CheckpointError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
+            failure = error
     failed = torch.tensor(float(failure is not None), device=accelerator.device)
     if accelerator.reduce(failed, "sum").item():
         _keep(accelerator, states, progress, mean, failure)
@@ -110,7 +110,7 @@ def _keep(
     with suppress(OutputError):
         if progress.resumed_at[-1:] != [progress.step]:  # else it is stored already
             states.save(accelerator, progress, mean)
-    if isinstance(failure, KeyboardInterrupt):
+    if isinstance(failure, KeyboardInterrupt | CheckpointError):
         raise failure
     kept = states.latest()
     there = f"{kept} is kept, and the same command goes on there" if kept else "no checkpoint could be kept"

@@ -384,3 +384,21 @@ def test_large_blocks_are_summed_as_they_are_read_from_the_page_cache(
     merged, _ = merge_to_parameters(family, mixture, tmp_path)
     assert not any(found)
     assert all(torch.equal(merged[name], bits(tensor)) for name, tensor in reference.items())
+
+
+def test_heads_that_are_not_wholly_at_hand_are_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal operands are copied, though a read of the page cache alone may give only the first bytes of a head."""
+    values = {"t": torch.randn(1_000_001, generator=torch.Generator().manual_seed(0))}
+    family = write_family(tmp_path, None, {"a": values, "b": values})
+    preadv, reads = os.preadv, iter(range(10**6))
+
+    def cut(descriptor: int, views: list[bytearray], offset: int, flags: int = 0) -> int:
+        if flags and next(reads) % 2:  # b's
+            views = [memoryview(views[0])[:32]]
+        return preadv(descriptor, views, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", cut)
+    merged, _ = merge_to_parameters(family, Mixture(("a", "b"), (0.3, 0.7)), tmp_path)
+    assert torch.equal(merged["t"], bits(values["t"]))

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from mergemix.checkpoints.writer import DirectoryWriter
-from mergemix.errors import ConfigError, OutputError, TrainingError
+from mergemix.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from mergemix.train import StepProgress, TrainConfig, expert_configs, train, train_family
 from mergemix.train import output as output_module
 from mergemix.train.observer import Silent
@@ -298,7 +298,7 @@ def test_a_full_disk_at_the_end_keeps_the_last_checkpoint(
     assert weights_of(tmp_path / "out") == weights_of(whole.out)
 
 
-@pytest.mark.parametrize("trouble", ["interrupt", "refusal"])
+@pytest.mark.parametrize("trouble", ["interrupt", "refusal", "no base", "no memory"])
 def test_a_result_that_cannot_be_written_costs_no_step(
     tmp_path: Path, whole: TrainConfig, monkeypatch: Any, trouble: str
 ) -> None:
@@ -313,12 +313,17 @@ def test_a_result_that_cannot_be_written_costs_no_step(
             return
         if trouble == "interrupt":
             interrupt()
+        if trouble == "no base":
+            raise CheckpointError("the base vanished")
+        if trouble == "no memory":
+            raise RuntimeError("can't allocate memory")
         raise OutputError("cannot write out: No space left on device")
 
+    raised = {"interrupt": KeyboardInterrupt, "no base": CheckpointError}.get(trouble, OutputError)
     for _ in range(2):  # the second time it is stored already
         with monkeypatch.context() as patch:
             patch.setattr(DirectoryWriter, "commit", fail)
-            with pytest.raises(KeyboardInterrupt if trouble == "interrupt" else OutputError) as error:
+            with pytest.raises(raised) as error:
                 train(config)
         if trouble == "refusal":
             assert "No space left on device; " in str(error.value)
